@@ -74,6 +74,7 @@ py::dict plan(int direction, const Problem& problem) {
   py::dict d;
   d["block_q"] = plan.block_q, d["block_kv"] = plan.block_kv, d["stages"] = plan.stages;
   d["threads"] = plan.threads, d["grid"] = plan.grid, d["shared_bytes"] = plan.shared_bytes;
+  d["workspace_bytes"] = plan.workspace_bytes;
   return d;
 }
 
@@ -108,8 +109,6 @@ PYBIND11_MODULE(FLASH_MODULE, m) {
   bind_problem(m);
   m.def("forward", &forward, py::call_guard<py::gil_scoped_release>());
   m.def("backward", &backward, py::call_guard<py::gil_scoped_release>());
-  m.def("forward_workspace", &version::forward_workspace);
-  m.def("backward_workspace", &version::backward_workspace);
   m.def("instances", &version::instances, "(direction, dtype, head_dim, head_dim_v) per kernel");
   m.def("plan", &plan, "tile, stages, threads, grid and shared bytes of a call");
   m.def("probe", [] { return int(version::probe()); }, "0 when this device can run this module");
