@@ -1,0 +1,2 @@
+// The backward pass is launched from here.
+#pragma once
