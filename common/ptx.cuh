@@ -16,9 +16,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // 16 bytes past the L1 cache; zeros when the source is out of range (and is then not read).
 __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source, bool in_range) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target),
-               "l"(source), "r"(in_range ? 16 : 0)
+#if __CUDA_ARCH__ < 800  // no asynchronous copies: through registers
+  uint4 x = in_range ? *static_cast<const uint4*>(source) : uint4{};
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
                : "memory");
+#else
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(in_range ? 16 : 0)
+               : "memory");
+#endif
 }
 
 __device__ __forceinline__ void cp_async_commit() {
@@ -29,6 +36,60 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// --- barriers in shared memory (8 bytes): a phase ends when `count` arrivals have come. Before
+// sm_80 a word counts all arrivals ever made, and the other holds `count`.
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+#if __CUDA_ARCH__ < 800
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(barrier), "r"(0), "r"(count) : "memory");
+#else
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+#if __CUDA_ARCH__ < 800
+  __threadfence_block();
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(barrier) : "memory");
+#else
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier)
+               : "memory");
+#endif
+}
+
+// Arrives once the copies that this thread has issued so far are in shared memory.
+__device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
+#if __CUDA_ARCH__ < 800
+  barrier_arrive(barrier);
+#else
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
+// Returns when phase number `phase` (0, 1, ...) has ended; at most one later phase may end
+// meanwhile.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
+#if __CUDA_ARCH__ < 800
+  uint32_t arrived, count;
+  do {
+    asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(arrived), "=r"(count)
+                 : "r"(barrier)
+                 : "memory");
+  } while (arrived < (phase + 1) * count);
+  __threadfence_block();
+#else
+  uint32_t done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(phase & 1)
+        : "memory");
+  } while (!done);
+#endif
 }
 
 // --- shared to registers, as fragments of matrix instructions
@@ -47,7 +108,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
-// --- matrix products: D (16, 8) += A (16, 16) B (16, 8), fp32 accumulators
+// --- matrix products: D (16, 8) += A (16, 16) B (16, 8), fp32 accumulators; tf32: A (16, 8) B (8,
+// 8)
 
 template <class Element>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
@@ -56,16 +118,33 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 template <>
 __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
                                                      uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ < 800  // half the depth at a time
+  for (int k = 0; k < 2; ++k) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(k == 0 ? b0 : b1));
+  }
+#else
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
 template <>
 __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
                                                             uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                 uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
