@@ -119,6 +119,7 @@ template <>
 __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
                                                      uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ < 800  // half the depth at a time
+#pragma unroll
   for (int k = 0; k < 2; ++k) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
         "{%0, %1, %2, %3};"
