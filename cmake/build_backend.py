@@ -31,6 +31,12 @@ def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     return [*needed, *toolchain.requirements()]
 
 
+def prepare_metadata_for_build_wheel(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
+    return build.prepare_metadata_for_build_wheel(metadata_directory, with_kernels(config_settings))
+
+
 def build_wheel(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
@@ -39,6 +45,7 @@ def build_wheel(
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel
+prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel
 
 
 def build_editable(
