@@ -1,0 +1,337 @@
+// The verbs of the backward pass: load, multiply, exponentiate, exchange and store tiles.
+#pragma once
+
+#include "common/mask.cuh"
+#include "common/ptx.cuh"
+#include "v2_parallel/backward_traits.cuh"
+
+namespace flash::v2 {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+
+// --- load
+
+// Rows [0, kRows) of one head into shared memory; rows outside `valid` and channels past
+// head_dim arrive as zeros, whatever the memory holds.
+template <class Traits, int kRows>
+__device__ __forceinline__ void load_rows(typename Traits::Element* target, const View& view,
+                                          int64_t origin, int row, Range valid, int head_dim,
+                                          int tid) {
+  using Element = typename Traits::Element;
+  constexpr int kChunks = Traits::Rows::kChunks;
+  const uint32_t base = shared_address(target);
+  const Element* source = static_cast<const Element*>(view.data) + origin;
+#pragma unroll
+  for (int n = 0; n < kRows * kChunks / Traits::kThreads; ++n) {
+    const int index = n * Traits::kThreads + tid;
+    const int r = index / kChunks, chunk = index % kChunks;
+    const bool in_range = row + r >= valid.begin && row + r < valid.end && chunk * 8 < head_dim;
+    const Element* from = in_range ? source + (row + r) * view.row + chunk * 8 : source;
+    cp_async_16(base + Traits::Rows::offset(r, chunk), from, in_range);
+  }
+}
+
+// One block of a row statistic; the workspace is padded, so no row is out of range.
+template <int kRows>
+__device__ __forceinline__ void load_stats(float* target, const float* source, int tid) {
+  if (tid < kRows / 4) cp_async_16(shared_address(target + tid * 4), source + tid * 4, true);
+}
+
+// --- fragments of the matrix instruction (m16n8k16)
+
+// A (16, 16) from a tile whose rows are A's rows.
+template <class Tile>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], uint32_t base, int row, int chunk,
+                                       int lane) {
+  ldmatrix_x4(a, base + Tile::offset(row + (lane & 15), chunk + (lane >> 4)));
+}
+
+// A (16, 16) from a tile whose columns are A's rows.
+template <class Tile>
+__device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], uint32_t base, int row, int chunk,
+                                             int lane) {
+  ldmatrix_x4_trans(
+      a, base + Tile::offset(row + (lane & 7) + (lane >> 4) * 8, chunk + ((lane >> 3) & 1)));
+}
+
+// Two B (16, 8) from a tile whose rows are B's columns.
+template <class Tile>
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t base, int row, int chunk,
+                                       int lane) {
+  ldmatrix_x4(b,
+              base + Tile::offset(row + (lane & 7) + (lane >> 4) * 8, chunk + ((lane >> 3) & 1)));
+}
+
+// Two B (16, 8) from a tile whose rows are B's rows.
+template <class Tile>
+__device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], uint32_t base, int row, int chunk,
+                                             int lane) {
+  ldmatrix_x4_trans(b, base + Tile::offset(row + (lane & 15), chunk + (lane >> 4)));
+}
+
+// --- products
+
+// S^T += K Q^T, and dP^T += V dO^T: 32 keys of this warp against kWarpQ rows.
+template <class Traits>
+__device__ __forceinline__ void gemm_scores(float (&rS)[2][Traits::kWarpQ / 8][4], uint32_t keys,
+                                            int key, uint32_t rows, int row, int lane) {
+  using Rows = typename Traits::Rows;
+#pragma unroll
+  for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) load_a<Rows>(a[m], keys, key + m * 16, k * 2, lane);
+#pragma unroll
+    for (int n = 0; n < Traits::kWarpQ / 16; ++n) {
+      uint32_t b[4];
+      load_b<Rows>(b, rows, row + n * 16, k * 2, lane);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        mma_m16n8k16<typename Traits::Element>(rS[m][n * 2], a[m], b[0], b[1]);
+        mma_m16n8k16<typename Traits::Element>(rS[m][n * 2 + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// dV += P^T dO, and dK += dS^T Q: 32 keys of this warp, its slice of the channels, kStepQ rows.
+// With one warp per key slice P^T comes from registers, else from shared memory.
+template <class Traits>
+__device__ __forceinline__ void gemm_keys(float (&rdK)[2][Traits::kWarpDim / 8][4],
+                                          const uint32_t (&rP)[2][Traits::kWarpQ / 16][4],
+                                          uint32_t scores, int key, uint32_t rows, int row,
+                                          int chunk, int lane) {
+  using Rows = typename Traits::Rows;
+#pragma unroll
+  for (int k = 0; k < Traits::kStepQ / 16; ++k) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      if constexpr (Traits::kSplit == 1) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = rP[m][k][i];
+      } else {
+        load_a<typename Traits::Scores>(a[m], scores, key + m * 16, k * 2, lane);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kWarpDim / 16; ++n) {
+      uint32_t b[4];
+      load_b_trans<Rows>(b, rows, row + k * 16, chunk + n * 2, lane);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        mma_m16n8k16<typename Traits::Element>(rdK[m][n * 2], a[m], b[0], b[1]);
+        mma_m16n8k16<typename Traits::Element>(rdK[m][n * 2 + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// dQ = dS K: this warp's rows and channels, all keys of the block.
+template <class Traits>
+__device__ __forceinline__ void gemm_dq(float (&rdQ)[Traits::kDqRows / 16][Traits::kDqDim / 8][4],
+                                        uint32_t ds, int row, uint32_t keys, int chunk, int lane) {
+  constexpr int kTiles = Traits::kDqRows / 16;
+#pragma unroll
+  for (int k = 0; k < Traits::kBlockKV / 16; ++k) {
+    uint32_t a[kTiles][4];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      load_a_trans<typename Traits::Scores>(a[m], ds, k * 16, row / 8 + m * 2, lane);
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kDqDim / 16; ++n) {
+      uint32_t b[4];
+      load_b_trans<typename Traits::Rows>(b, keys, k * 16, chunk + n * 2, lane);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        mma_m16n8k16<typename Traits::Element>(rdQ[m][n * 2], a[m], b[0], b[1]);
+        mma_m16n8k16<typename Traits::Element>(rdQ[m][n * 2 + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// --- scores
+
+// Every accumulator starts at the negative of its row's statistic.
+template <int kTiles>
+__device__ __forceinline__ void start_negative(float (&acc)[2][kTiles][4], const float* stats,
+                                               int lane) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const float2 x = *reinterpret_cast<const float2*>(stats + n * 8 + (lane & 3) * 2);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      acc[m][n][0] = acc[m][n][2] = -x.x;
+      acc[m][n][1] = acc[m][n][3] = -x.y;
+    }
+  }
+}
+
+// P^T = exp2(S^T * scale - LSE), rounded into rP; rS keeps dP's factor in fp32, which is P, or
+// with softcap P times the derivative of the cap.
+template <class Traits, bool kFeatured>
+__device__ __forceinline__ void exponentiate(float (&rS)[2][Traits::kWarpQ / 8][4],
+                                             const BackwardParams& p, const float* lse, int lane) {
+  const float scale = p.scale * kLog2e;
+#pragma unroll
+  for (int n = 0; n < Traits::kWarpQ / 8; ++n) {
+    const float2 x = *reinterpret_cast<const float2*>(lse + n * 8 + (lane & 3) * 2);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        rS[m][n][e] = fast_exp2(rS[m][n][e] * scale - (e % 2 ? x.y : x.x));
+      }
+    }
+  }
+}
+
+// A pair's probability is 0 where the row must not see the key, whatever the product gave.
+template <int kTiles>
+__device__ __forceinline__ void mask_scores(float (&rS)[2][kTiles][4], const Sequence& sequence,
+                                            int key, int row, int lane) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int c = key + m * 16 + lane / 4 + (e / 2) * 8;
+        const int r = row + n * 8 + (lane & 3) * 2 + e % 2;
+        if (!sequence.visible(r, c)) rS[m][n][e] = 0.0f;
+      }
+    }
+  }
+}
+
+// dS = P * (dP - delta); where P is exactly 0, so is dS, even against NaN.
+template <bool kMasked, int kTiles>
+__device__ __forceinline__ void multiply_ds(float (&rdP)[2][kTiles][4],
+                                            const float (&rS)[2][kTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        rdP[m][n][e] = kMasked && rS[m][n][e] == 0.0f ? 0.0f : rdP[m][n][e] * rS[m][n][e];
+      }
+    }
+  }
+}
+
+// Accumulators, rounded, as the A operand of the next product.
+template <class Element, int kTiles>
+__device__ __forceinline__ void pack_fragments(uint32_t (&r)[2][kTiles / 2][4],
+                                               const float (&acc)[2][kTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      r[m][n / 2][n % 2 * 2] = pack<Element>(acc[m][n][0], acc[m][n][1]);
+      r[m][n / 2][n % 2 * 2 + 1] = pack<Element>(acc[m][n][2], acc[m][n][3]);
+    }
+  }
+}
+
+// Fragments of P^T or dS^T to shared memory, where other warps read them.
+template <class Traits>
+__device__ __forceinline__ void store_scores(typename Traits::Element* target,
+                                             const uint32_t (&r)[2][Traits::kWarpQ / 16][4],
+                                             int key, int row, int lane) {
+  char* base = reinterpret_cast<char*>(target) + (lane & 3) * 4;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < Traits::kWarpQ / 8; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = key + m * 16 + half * 8 + lane / 4;
+        *reinterpret_cast<uint32_t*>(base + Traits::Scores::offset(c, row / 8 + n)) =
+            r[m][n / 2][n % 2 * 2 + half];
+      }
+    }
+  }
+}
+
+// --- results
+
+// Adds one 16 x 8 accumulator tile to dQ in fragment order, 512 contiguous bytes a warp.
+__device__ __forceinline__ void add_fragment(float* tile, const float (&r)[4], int lane) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(tile + lane * 4), "f"(r[0]),
+               "f"(r[1]), "f"(r[2]), "f"(r[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int e = 0; e < 4; ++e) atomicAdd(tile + e * 32 + lane, r[e]);
+#endif
+}
+
+// Position of element e of a lane in that order.
+__device__ __forceinline__ int fragment_offset(int lane, int e) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return lane * 4 + e;
+#else
+  return e * 32 + lane;
+#endif
+}
+
+template <class Traits>
+__device__ __forceinline__ void add_dq(
+    float* block, const float (&rdQ)[Traits::kDqRows / 16][Traits::kDqDim / 8][4], int row,
+    int chunk, int lane) {
+#pragma unroll
+  for (int m = 0; m < Traits::kDqRows / 16; ++m) {
+#pragma unroll
+    for (int n = 0; n < Traits::kDqDim / 8; ++n) {
+      const int tile = (row / 16 + m) * (Traits::kHeadDim / 8) + chunk + n;
+      add_fragment(block + tile * 128, rdQ[m][n], lane);
+    }
+  }
+}
+
+// dK or dV, scaled and rounded, into a shared tile of rows.
+template <class Traits>
+__device__ __forceinline__ void stage_keys(typename Traits::Element* target,
+                                           const float (&r)[2][Traits::kWarpDim / 8][4],
+                                           float scale, int key, int chunk, int lane) {
+  using Element = typename Traits::Element;
+  char* base = reinterpret_cast<char*>(target) + (lane & 3) * 4;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < Traits::kWarpDim / 8; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = key + m * 16 + half * 8 + lane / 4;
+        *reinterpret_cast<uint32_t*>(base + Traits::Rows::offset(c, chunk + n)) =
+            pack<Element>(r[m][n][half * 2] * scale, r[m][n][half * 2 + 1] * scale);
+      }
+    }
+  }
+}
+
+// A shared tile of rows to global memory, 16 bytes a thread; never past the last row or channel.
+template <class Traits, int kRows>
+__device__ __forceinline__ void store_rows(const View& view, int64_t origin, int row, int end,
+                                           int head_dim, const typename Traits::Element* source,
+                                           int tid) {
+  using Element = typename Traits::Element;
+  constexpr int kChunks = Traits::Rows::kChunks;
+  Element* target = static_cast<Element*>(view.data) + origin;
+  const char* base = reinterpret_cast<const char*>(source);
+#pragma unroll
+  for (int n = 0; n < kRows * kChunks / Traits::kThreads; ++n) {
+    const int index = n * Traits::kThreads + tid;
+    const int r = index / kChunks, chunk = index % kChunks;
+    if (row + r < end && chunk * 8 < head_dim) {
+      *reinterpret_cast<int4*>(target + (row + r) * view.row + chunk * 8) =
+          *reinterpret_cast<const int4*>(base + Traits::Rows::offset(r, chunk));
+    }
+  }
+}
+
+}  // namespace flash::v2

@@ -1,0 +1,100 @@
+// Every compile-time constant of the backward pass: tiles, warps, shared memory, workspace.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dispatch.h"
+#include "common/params.h"
+
+namespace flash::v2 {
+
+// Rows of 16-byte chunks in shared memory; chunks are permuted within a row so that the eight
+// rows that one ldmatrix phase reads lie in different banks.
+template <int kColumns>
+struct Tile {
+  static constexpr int kChunks = kColumns / 8;
+  static constexpr int kRowBytes = kColumns * 2;
+  static_assert(kChunks % 4 == 0, "a row is a whole number of 64-byte segments");
+
+  __device__ __forceinline__ static uint32_t swizzle(int row, int chunk) {
+    return kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
+  }
+  __device__ __forceinline__ static uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + swizzle(row, chunk) * 16;
+  }
+};
+
+template <class Instance_>
+struct BackwardTraits {
+  using Element = typename Instance_::Element;
+  static constexpr int kHeadDim = Instance_::kHeadDim;
+  static constexpr int kBlockQ = 64;
+  static constexpr int kBlockKV = kHeadDim <= 128 ? 128 : 64;
+  static constexpr int kStages = 2;  // of Q and dO
+
+  // A warp owns 32 keys. kSplit warps share them: each takes a slice of the query rows in S and
+  // dP, and a slice of the channels in dK and dV, so that the accumulators fit in registers.
+  static constexpr int kWarpKeys = 32;
+  static constexpr int kKeyWarps = kBlockKV / kWarpKeys;
+  static constexpr int kSplit = kHeadDim <= 64 ? 1 : kHeadDim <= 128 ? 2 : 4;
+  static constexpr int kWarps = kKeyWarps * kSplit;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kCtasPerSm = kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kStepQ = kSplit == 1 ? 32 : kBlockQ;  // rows between two updates of dK, dV
+  static constexpr int kWarpQ = kStepQ / kSplit;
+  static constexpr int kWarpDim = kHeadDim / kSplit;
+
+  // dQ is split over the warps as rows times channels.
+  static constexpr int kDqWarpsQ = kHeadDim == 96 ? 4 : 2;
+  static constexpr int kDqRows = kBlockQ / kDqWarpsQ;
+  static constexpr int kDqDim = kHeadDim / (kWarps / kDqWarpsQ);
+  static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 && kDqDim % 16 == 0);
+
+  using Rows = Tile<kHeadDim>;   // Q, dO, K, V
+  using Scores = Tile<kBlockQ>;  // P and dS, transposed: (kBlockKV, kBlockQ)
+
+  struct Shared {
+    Element k[kBlockKV * kHeadDim];
+    Element v[kBlockKV * kHeadDim];
+    Element q[kStages][kBlockQ * kHeadDim];
+    Element dout[kStages][kBlockQ * kHeadDim];
+    Element ds[2][kBlockKV * kBlockQ];
+    Element p[kSplit == 1 ? 8 : kBlockKV * kBlockQ];
+    float lse[kStages][kBlockQ];
+    float delta[kStages][kBlockQ];
+  };
+};
+
+// The only device memory of the backward pass: two statistics per row, and dQ in fp32. Rows are
+// padded to whole blocks for each sequence; dQ blocks are stored as accumulator fragments.
+template <class Traits>
+struct BackwardWorkspace {
+  float* lse;    // (heads_q, rows): LSE * log2(e), +inf for rows without a key
+  float* delta;  // (heads_q, rows): rowsum(dO * O) - dLSE
+  float* dq;     // (heads_q, rows / kBlockQ, kBlockQ * kHeadDim); null when deterministic
+  int64_t rows;
+
+  static int64_t padded_rows(const Problem& p, bool varlen) {
+    const int64_t dense = (int64_t(p.seqlen_q) + Traits::kBlockQ - 1) / Traits::kBlockQ * p.batch;
+    return (varlen ? p.total_q / Traits::kBlockQ + p.batch : dense) * Traits::kBlockQ;
+  }
+  static int64_t bytes(int64_t rows, const Problem& p) {
+    const int64_t columns = 2 + (p.deterministic ? 0 : Traits::kHeadDim);
+    return rows * p.heads_q * columns * int64_t(sizeof(float));
+  }
+  BackwardWorkspace(const BackwardParams& p) : rows(padded_rows(p, p.cu_seqlens_q != nullptr)) {
+    lse = static_cast<float*>(p.workspace);
+    delta = lse + rows * p.heads_q;
+    dq = p.deterministic ? nullptr : delta + rows * p.heads_q;
+  }
+
+  // First padded row of a sequence: below every later sequence's, above every earlier one's.
+  __device__ __forceinline__ static int64_t first_row(const BackwardParams& p, int batch,
+                                                      int64_t row_q) {
+    if (p.cu_seqlens_q != nullptr) return (row_q / Traits::kBlockQ + batch) * Traits::kBlockQ;
+    return int64_t(batch) * ((p.seqlen_q + Traits::kBlockQ - 1) / Traits::kBlockQ) *
+           Traits::kBlockQ;
+  }
+};
+
+}  // namespace flash::v2

@@ -1,0 +1,124 @@
+// S = Q K^T and O += P V for the rows of one warp, as matrix instructions of 16 x 8 x 16.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "v2_parallel/schedule.cuh"
+
+namespace flash::v2 {
+
+// The rows of Q that one warp owns: in registers for the whole loop when they fit, else read
+// from shared memory as they are needed.
+template <class Traits>
+struct Query {
+  static constexpr bool kKept = Traits::kQueryInRegisters;
+  using Rows = typename Traits::QueryRows;
+  uint32_t address;
+  uint32_t kept[kKept ? Traits::kStepsQK : 1][Traits::kTilesQ][4];
+
+  __device__ __forceinline__ explicit Query(Shared<Traits>& smem) {
+    const int lane = threadIdx.x % 32;
+    const int row = threadIdx.x / 32 * Traits::kRowsPerWarp + lane % 16;
+    address = shared_address(smem.q) + Rows::offset(row, lane / 16);
+  }
+
+  // Call once, when Q is visible.
+  __device__ __forceinline__ void keep() {
+    if constexpr (kKept) {
+#pragma unroll
+      for (int step = 0; step < Traits::kStepsQK; ++step) read(kept[step], step);
+    }
+  }
+
+  __device__ __forceinline__ void fetch(uint32_t (&rQ)[Traits::kTilesQ][4], int step) const {
+    if constexpr (kKept) {
+#pragma unroll
+      for (int m = 0; m < Traits::kTilesQ; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rQ[m][i] = kept[step][m][i];
+      }
+    } else {
+      read(rQ, step);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void read(uint32_t (&rQ)[Traits::kTilesQ][4], int step) const {
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesQ; ++m) {
+      ldmatrix_x4(rQ[m], Rows::advance(address, 2 * step) + m * 16 * Rows::kRowBytes);
+    }
+  }
+};
+
+// S = Q K_j^T, not scaled.
+template <class Traits>
+__device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<Traits>& Q,
+                                        Shared<Traits>& smem, int j) {
+  using Rows = typename Traits::KeyRows;
+  const int lane = threadIdx.x % 32;
+  const uint32_t sK =
+      shared_address(smem.stage(j).k) + Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+  for (int m = 0; m < Traits::kTilesQ; ++m) {
+#pragma unroll
+    for (int n = 0; n < Traits::kTilesKV; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) S[m][n][e] = 0.0f;
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < Traits::kStepsQK; ++step) {
+    uint32_t rQ[Traits::kTilesQ][4];       // (kRowsPerWarp, 16)
+    uint32_t rK[Traits::kTilesKV / 2][4];  // (kBlockKV, 16)
+    Q.fetch(rQ, step);
+#pragma unroll
+    for (int n = 0; n < Traits::kTilesKV / 2; ++n) {
+      ldmatrix_x4(rK[n], Rows::advance(sK, 2 * step) + n * 16 * Rows::kRowBytes);
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kTilesKV; ++n) {
+#pragma unroll
+      for (int m = 0; m < Traits::kTilesQ; ++m) {
+        mma_m16n8k16<typename Traits::Element>(S[m][n], rQ[m], rK[n / 2][n % 2 * 2],
+                                               rK[n / 2][n % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+// O += P V_j. The accumulator layout of S is the operand layout of P: it never leaves registers.
+template <class Traits>
+__device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
+                                        const typename Traits::Scores& P, Shared<Traits>& smem,
+                                        int j) {
+  using Element = typename Traits::Element;
+  using Rows = typename Traits::ValueRows;
+  const int lane = threadIdx.x % 32;
+  const uint32_t sV = shared_address(smem.stage(j).v) + Rows::offset(lane % 16, lane / 16);
+#pragma unroll
+  for (int step = 0; step < Traits::kStepsPV; ++step) {
+    uint32_t rP[Traits::kTilesQ][4];  // (kRowsPerWarp, 16)
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesQ; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&pair)[4] = P[m][2 * step + i / 2];
+        rP[m][i] = pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kTilesV / 2; ++n) {
+      uint32_t rV[4];  // (16, 16)
+      ldmatrix_x4_trans(rV, Rows::advance(sV, 2 * n) + step * 16 * Rows::kRowBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int m = 0; m < Traits::kTilesQ; ++m) {
+          mma_m16n8k16<Element>(O[m][2 * n + half], rP[m], rV[2 * half], rV[2 * half + 1]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace flash::v2
