@@ -12,12 +12,38 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// --- shared memory, plainly
+
+__device__ __forceinline__ void load_shared_16(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+  uint32_t r;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
+  return r;
+}
+
+__device__ __forceinline__ void store_shared_16(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t r) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(r) : "memory");
+}
+
 // --- copies, global to shared
 
 // 16 bytes past the L1 cache; zeros when the source is out of range (and is then not read).
 __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source, bool in_range) {
 #if __CUDA_ARCH__ < 800  // no asynchronous copies: through registers
-  store_shared_16(target, in_range ? *static_cast<const uint4*>(source) : uint4{});
+  const uint4 x = in_range ? *static_cast<const uint4*>(source) : uint4{};
+  store_shared_16(target, {x.x, x.y, x.z, x.w});
 #else
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                "r"(in_range ? 16 : 0)
@@ -103,35 +129,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
-}
-
-__device__ __forceinline__ void load_shared_16(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
-  uint32_t r;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
-  return r;
-}
-
-__device__ __forceinline__ void store_shared_16(uint32_t address, const uint32_t (&r)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
-               "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
-__device__ __forceinline__ void store_shared_4(uint32_t address, uint32_t r) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(r) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
-  uint32_t x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
 }
 
 // --- matrix products: D (16, 8) += A (16, 16) B (16, 8), fp32 accumulators; tf32: A (16, 8) B (8,
