@@ -115,6 +115,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
 #endif
 }
 
+// Waits for `threads` threads at hardware barrier `id` (1 to 15), which whole warps share.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // --- shared to registers, as fragments of matrix instructions
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {

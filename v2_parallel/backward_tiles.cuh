@@ -4,6 +4,7 @@
 #include "common/mask.cuh"
 #include "common/ptx.cuh"
 #include "v2_parallel/backward_traits.cuh"
+#include "v2_parallel/load.cuh"
 
 namespace flash::v2 {
 
@@ -11,24 +12,31 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 
 // --- load
 
-// Rows [0, kRows) of one head into shared memory; rows outside `valid` and channels past
+template <class Element>
+__device__ __forceinline__ bool rows_aligned(const Element* data, int64_t stride) {
+  return reinterpret_cast<uint64_t>(data) % 16 == 0 && stride % 8 == 0;
+}
+
+// One block of rows of one head into shared memory; rows outside `valid` and channels past
 // head_dim arrive as zeros, whatever the memory holds.
 template <class Traits, int kRows>
-__device__ __forceinline__ void load_rows(typename Traits::Element* target, const View& view,
-                                          int64_t origin, int row, Range valid, int head_dim,
-                                          int tid) {
+__device__ __forceinline__ void load_block(typename Traits::Element* target, const View& view,
+                                           int64_t origin, int row, Range valid, int head_dim) {
   using Element = typename Traits::Element;
-  constexpr int kChunks = Traits::Rows::kChunks;
+  using Map = CopyMap<Traits::kHeadDim, Traits::kThreads>;
   const uint32_t base = shared_address(target);
-  const Element* source = static_cast<const Element*>(view.data) + origin;
-#pragma unroll
-  for (int n = 0; n < kRows * kChunks / Traits::kThreads; ++n) {
-    const int index = n * Traits::kThreads + tid;
-    const int r = index / kChunks, chunk = index % kChunks;
-    const bool in_range = row + r >= valid.begin && row + r < valid.end && chunk * 8 < head_dim;
-    const Element* from = in_range ? source + (row + r) * view.row + chunk * 8 : source;
-    cp_async_16(base + Traits::Rows::offset(r, chunk), from, in_range);
-  }
+  const Element* source = static_cast<const Element*>(view.data) + origin + row * view.row;
+  const int begin = valid.begin - row, end = valid.end - row;
+  const bool aligned = !Traits::kFeatured || rows_aligned(source, view.row);
+  Map::template for_each<kRows>([&](int r, int chunk, int offset) {
+    const Element* from = source + r * view.row + chunk * 8;
+    const bool in_range = r >= begin && r < end && chunk * 8 < head_dim;
+    if (aligned) {
+      cp_async_16(base + offset, from, in_range);
+    } else {
+      copy_unaligned(base + offset, from, in_range);
+    }
+  });
 }
 
 // One block of a row statistic; the workspace is padded, so no row is out of range.
@@ -40,33 +48,33 @@ __device__ __forceinline__ void load_stats(float* target, const float* source, i
 // --- fragments of the matrix instruction (m16n8k16)
 
 // A (16, 16) from a tile whose rows are A's rows.
-template <class Tile>
+template <class Rows>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], uint32_t base, int row, int chunk,
                                        int lane) {
-  ldmatrix_x4(a, base + Tile::offset(row + (lane & 15), chunk + (lane >> 4)));
+  ldmatrix_x4(a, base + Rows::offset(row + (lane & 15), chunk + (lane >> 4)));
 }
 
 // A (16, 16) from a tile whose columns are A's rows.
-template <class Tile>
+template <class Rows>
 __device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], uint32_t base, int row, int chunk,
                                              int lane) {
   ldmatrix_x4_trans(
-      a, base + Tile::offset(row + (lane & 7) + (lane >> 4) * 8, chunk + ((lane >> 3) & 1)));
+      a, base + Rows::offset(row + (lane & 7) + (lane >> 4) * 8, chunk + ((lane >> 3) & 1)));
 }
 
 // Two B (16, 8) from a tile whose rows are B's columns.
-template <class Tile>
+template <class Rows>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t base, int row, int chunk,
                                        int lane) {
   ldmatrix_x4(b,
-              base + Tile::offset(row + (lane & 7) + (lane >> 4) * 8, chunk + ((lane >> 3) & 1)));
+              base + Rows::offset(row + (lane & 7) + (lane >> 4) * 8, chunk + ((lane >> 3) & 1)));
 }
 
 // Two B (16, 8) from a tile whose rows are B's rows.
-template <class Tile>
+template <class Rows>
 __device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], uint32_t base, int row, int chunk,
                                              int lane) {
-  ldmatrix_x4_trans(b, base + Tile::offset(row + (lane & 15), chunk + (lane >> 4)));
+  ldmatrix_x4_trans(b, base + Rows::offset(row + (lane & 15), chunk + (lane >> 4)));
 }
 
 // --- products
@@ -169,69 +177,66 @@ __device__ __forceinline__ void start_negative(float (&acc)[2][kTiles][4], const
   }
 }
 
-// P^T = exp2(S^T * scale - LSE), rounded into rP; rS keeps dP's factor in fp32, which is P, or
-// with softcap P times the derivative of the cap.
-template <class Traits, bool kFeatured>
-__device__ __forceinline__ void exponentiate(float (&rS)[2][Traits::kWarpQ / 8][4],
-                                             const BackwardParams& p, const float* lse, int lane) {
-  const float scale = p.scale * kLog2e;
+// tanh to fp32 accuracy in two special-function instructions.
+__device__ __forceinline__ float fast_tanh(float x) {
+  return 1.0f - 2.0f / (fast_exp2(x * (2.0f * kLog2e)) + 1.0f);
+}
+
+// P^T = exp2(S^T * scale - LSE), rounded into rP, 0 where the row must not see the key; rS keeps
+// the factor of dP in fp32: P, or with softcap P times the derivative of the cap.
+template <class Traits, bool kMasked>
+__device__ __forceinline__ void exponentiate(uint32_t (&rP)[2][Traits::kWarpQ / 16][4],
+                                             float (&rS)[2][Traits::kWarpQ / 8][4],
+                                             const BackwardParams& p, const Sequence& sequence,
+                                             const float* lse, int key, int row, int lane) {
+  const bool capped = Traits::kFeatured && p.softcap != 0.0f;
+  const float scale = capped ? p.scale / p.softcap : p.scale * kLog2e;
 #pragma unroll
   for (int n = 0; n < Traits::kWarpQ / 8; ++n) {
     const float2 x = *reinterpret_cast<const float2*>(lse + n * 8 + (lane & 3) * 2);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
+      float probability[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        rS[m][n][e] = fast_exp2(rS[m][n][e] * scale - (e % 2 ? x.y : x.x));
+        float s = rS[m][n][e] * scale, derivative = 1.0f;
+        if (capped) {
+          const float t = fast_tanh(s);
+          s = t * (p.softcap * kLog2e);
+          derivative = 1.0f - t * t;
+        }
+        probability[e] = fast_exp2(s - (e % 2 ? x.y : x.x));
+        if constexpr (kMasked) {
+          const int c = key + m * 16 + lane / 4 + (e / 2) * 8;
+          const int r = row + n * 8 + (lane & 3) * 2 + e % 2;
+          if (!sequence.visible(r, c)) probability[e] = 0.0f;
+        }
+        rS[m][n][e] = probability[e] * derivative;
       }
+      using Element = typename Traits::Element;
+      rP[m][n / 2][n % 2 * 2] = pack<Element>(probability[0], probability[1]);
+      rP[m][n / 2][n % 2 * 2 + 1] = pack<Element>(probability[2], probability[3]);
     }
   }
 }
 
-// A pair's probability is 0 where the row must not see the key, whatever the product gave.
-template <int kTiles>
-__device__ __forceinline__ void mask_scores(float (&rS)[2][kTiles][4], const Sequence& sequence,
-                                            int key, int row, int lane) {
+// dS^T = P^T * (dP^T - delta), rounded; where P is exactly 0, so is dS, even against NaN.
+template <class Traits, bool kMasked>
+__device__ __forceinline__ void multiply_ds(uint32_t (&rdS)[2][Traits::kWarpQ / 16][4],
+                                            const float (&rdP)[2][Traits::kWarpQ / 8][4],
+                                            const float (&rS)[2][Traits::kWarpQ / 8][4]) {
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < Traits::kWarpQ / 8; ++n) {
+      float ds[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int c = key + m * 16 + lane / 4 + (e / 2) * 8;
-        const int r = row + n * 8 + (lane & 3) * 2 + e % 2;
-        if (!sequence.visible(r, c)) rS[m][n][e] = 0.0f;
+        ds[e] = kMasked && rS[m][n][e] == 0.0f ? 0.0f : rdP[m][n][e] * rS[m][n][e];
       }
-    }
-  }
-}
-
-// dS = P * (dP - delta); where P is exactly 0, so is dS, even against NaN.
-template <bool kMasked, int kTiles>
-__device__ __forceinline__ void multiply_ds(float (&rdP)[2][kTiles][4],
-                                            const float (&rS)[2][kTiles][4]) {
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        rdP[m][n][e] = kMasked && rS[m][n][e] == 0.0f ? 0.0f : rdP[m][n][e] * rS[m][n][e];
-      }
-    }
-  }
-}
-
-// Accumulators, rounded, as the A operand of the next product.
-template <class Element, int kTiles>
-__device__ __forceinline__ void pack_fragments(uint32_t (&r)[2][kTiles / 2][4],
-                                               const float (&acc)[2][kTiles][4]) {
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      r[m][n / 2][n % 2 * 2] = pack<Element>(acc[m][n][0], acc[m][n][1]);
-      r[m][n / 2][n % 2 * 2 + 1] = pack<Element>(acc[m][n][2], acc[m][n][3]);
+      using Element = typename Traits::Element;
+      rdS[m][n / 2][n % 2 * 2] = pack<Element>(ds[0], ds[1]);
+      rdS[m][n / 2][n % 2 * 2 + 1] = pack<Element>(ds[2], ds[3]);
     }
   }
 }
@@ -314,24 +319,36 @@ __device__ __forceinline__ void stage_keys(typename Traits::Element* target,
   }
 }
 
-// A shared tile of rows to global memory, 16 bytes a thread; never past the last row or channel.
-template <class Traits, int kRows>
-__device__ __forceinline__ void store_rows(const View& view, int64_t origin, int row, int end,
-                                           int head_dim, const typename Traits::Element* source,
-                                           int tid) {
-  using Element = typename Traits::Element;
-  constexpr int kChunks = Traits::Rows::kChunks;
-  Element* target = static_cast<Element*>(view.data) + origin;
-  const char* base = reinterpret_cast<const char*>(source);
+// Eight 16-bit elements to global memory.
+template <class Element>
+__device__ __forceinline__ void store_chunk(Element* target, uint4 x, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<uint4*>(target) = x;
+  } else {
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-  for (int n = 0; n < kRows * kChunks / Traits::kThreads; ++n) {
-    const int index = n * Traits::kThreads + tid;
-    const int r = index / kChunks, chunk = index % kChunks;
-    if (row + r < end && chunk * 8 < head_dim) {
-      *reinterpret_cast<int4*>(target + (row + r) * view.row + chunk * 8) =
-          *reinterpret_cast<const int4*>(base + Traits::Rows::offset(r, chunk));
+    for (int i = 0; i < 8; ++i) {
+      reinterpret_cast<uint16_t*>(target)[i] = uint16_t(words[i / 2] >> (i % 2 * 16));
     }
   }
+}
+
+// A shared block of rows to global memory; never past the last row or channel.
+template <class Traits, int kRows>
+__device__ __forceinline__ void store_block(const View& view, int64_t origin, int row, int end,
+                                            int head_dim,
+                                            const typename Traits::Element* source) {
+  using Element = typename Traits::Element;
+  using Map = CopyMap<Traits::kHeadDim, Traits::kThreads>;
+  Element* target = static_cast<Element*>(view.data) + origin + row * view.row;
+  const char* base = reinterpret_cast<const char*>(source);
+  const bool aligned = !Traits::kFeatured || rows_aligned(target, view.row);
+  Map::template for_each<kRows>([&](int r, int chunk, int offset) {
+    if (row + r < end && chunk * 8 < head_dim) {
+      store_chunk(target + r * view.row + chunk * 8,
+                  *reinterpret_cast<const uint4*>(base + offset), aligned);
+    }
+  });
 }
 
 }  // namespace flash::v2

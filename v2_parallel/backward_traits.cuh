@@ -5,29 +5,16 @@
 
 #include "common/dispatch.h"
 #include "common/params.h"
+#include "common/swizzle.cuh"
 
 namespace flash::v2 {
 
-// Rows of 16-byte chunks in shared memory; chunks are permuted within a row so that the eight
-// rows that one ldmatrix phase reads lie in different banks.
-template <int kColumns>
-struct Tile {
-  static constexpr int kChunks = kColumns / 8;
-  static constexpr int kRowBytes = kColumns * 2;
-  static_assert(kChunks % 4 == 0, "a row is a whole number of 64-byte segments");
-
-  __device__ __forceinline__ static uint32_t swizzle(int row, int chunk) {
-    return kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
-  }
-  __device__ __forceinline__ static uint32_t offset(int row, int chunk) {
-    return row * kRowBytes + swizzle(row, chunk) * 16;
-  }
-};
-
-template <class Instance_>
+// kFeatured serves softcap and rows that are not 16-byte aligned.
+template <class Instance, bool kIsFeatured = false>
 struct BackwardTraits {
-  using Element = typename Instance_::Element;
-  static constexpr int kHeadDim = Instance_::kHeadDim;
+  using Element = typename Instance::Element;
+  static constexpr bool kFeatured = kIsFeatured;
+  static constexpr int kHeadDim = Instance::kHeadDim;
   static constexpr int kBlockQ = 64;
   static constexpr int kBlockKV = kHeadDim <= 128 ? 128 : 64;
   static constexpr int kStages = 2;  // of Q and dO
@@ -50,8 +37,8 @@ struct BackwardTraits {
   static constexpr int kDqDim = kHeadDim / (kWarps / kDqWarpsQ);
   static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 && kDqDim % 16 == 0);
 
-  using Rows = Tile<kHeadDim>;   // Q, dO, K, V
-  using Scores = Tile<kBlockQ>;  // P and dS, transposed: (kBlockKV, kBlockQ)
+  using Rows = SwizzledRows<kHeadDim>;   // Q, dO, K, V
+  using Scores = SwizzledRows<kBlockQ>;  // P and dS, transposed: (kBlockKV, kBlockQ)
 
   struct Shared {
     Element k[kBlockKV * kHeadDim];

@@ -1,0 +1,125 @@
+// The passes around the main kernel: row statistics before it, dQ's rounding after it.
+#pragma once
+
+#include "v2_parallel/backward_tiles.cuh"
+
+namespace flash::v2 {
+
+inline constexpr int kPassThreads = 256;
+
+// One query block of one head; `blocks` per sequence.
+template <class Traits>
+struct RowBlock {
+  int row, head, batch;
+
+  __device__ __forceinline__ RowBlock(const BackwardParams& p, int blocks) {
+    const int64_t index = blockIdx.x;
+    row = int(index % blocks) * Traits::kBlockQ;
+    head = int(index / blocks % p.heads_q);
+    batch = int(index / blocks / p.heads_q);
+  }
+};
+
+// Eight 16-bit elements from global memory.
+template <class Element>
+__device__ __forceinline__ uint4 load_chunk(const Element* source, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4*>(source);
+  const auto* halves = reinterpret_cast<const uint16_t*>(source);
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+  return uint4{words[0], words[1], words[2], words[3]};
+}
+
+// LSE * log2(e) and delta = rowsum(dO * O) - dLSE for one block of rows, and dQ's zeros.
+template <class Traits>
+__global__ void __launch_bounds__(kPassThreads)
+    prepare_kernel(const __grid_constant__ BackwardParams p, BackwardWorkspace<Traits> workspace,
+                   int blocks) {
+  using Element = typename Traits::Element;
+  constexpr int kChunks = Traits::kHeadDim / 8;
+  constexpr int kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;  // that share a row
+  const RowBlock<Traits> block(p, blocks);
+  const Sequence sequence(p, block.batch);
+  if (block.row >= sequence.seqlen_q) return;
+  const int64_t padded = BackwardWorkspace<Traits>::first_row(p, block.batch, sequence.row_q);
+  const int64_t at = block.head * workspace.rows + padded + block.row;
+  const Element* o = static_cast<const Element*>(p.o.data) + block.batch * p.o.batch +
+                     sequence.row_q * p.o.row + block.head * p.o.head;
+  const Element* dout = static_cast<const Element*>(p.dout.data) + block.batch * p.dout.batch +
+                        sequence.row_q * p.dout.row + block.head * p.dout.head;
+  const bool o_aligned = rows_aligned(o, p.o.row), dout_aligned = rows_aligned(dout, p.dout.row);
+  const int64_t stats_row = sequence.row_q;
+  const int chunk = threadIdx.x % kLanes;
+#pragma unroll
+  for (int n = 0; n < Traits::kBlockQ * kLanes / kPassThreads; ++n) {
+    const int r = (n * kPassThreads + threadIdx.x) / kLanes;
+    const int row = block.row + r;
+    float sum = 0.0f;
+    if (row < sequence.seqlen_q && chunk * 8 < p.head_dim) {
+      const uint4 a = load_chunk(o + row * p.o.row + chunk * 8, o_aligned);
+      const uint4 b = load_chunk(dout + row * p.dout.row + chunk * 8, dout_aligned);
+      const uint32_t* x = reinterpret_cast<const uint32_t*>(&a);
+      const uint32_t* y = reinterpret_cast<const uint32_t*>(&b);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 u = unpack<Element>(x[i]), v = unpack<Element>(y[i]);
+        sum += u.x * v.x + u.y * v.y;
+      }
+    }
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    }
+    if (chunk == 0) {
+      const int64_t stat = block.head * p.lse.head + block.batch * p.lse.batch + stats_row + row;
+      float lse = row < sequence.seqlen_q ? p.lse.data[stat] : -INFINITY;
+      const bool empty = lse == -INFINITY;
+      if (!empty && p.dlse.data != nullptr) {
+        sum -= p.dlse.data[block.head * p.dlse.head + block.batch * p.dlse.batch + stats_row + row];
+      }
+      workspace.lse[at + r] = empty ? INFINITY : lse * kLog2e;
+      workspace.delta[at + r] = empty ? 0.0f : sum;
+    }
+  }
+  if (workspace.dq == nullptr) return;
+  int4* dq = reinterpret_cast<int4*>(workspace.dq + at * Traits::kHeadDim);
+  for (int i = threadIdx.x; i < Traits::kBlockQ * Traits::kHeadDim / 4; i += kPassThreads) {
+    dq[i] = int4{0, 0, 0, 0};
+  }
+}
+
+// dQ = scale * sum, from fp32 fragments to rows of 16-bit elements.
+template <class Traits>
+__global__ void __launch_bounds__(kPassThreads)
+    finish_kernel(const __grid_constant__ BackwardParams p, BackwardWorkspace<Traits> workspace,
+                  int blocks) {
+  using Element = typename Traits::Element;
+  constexpr int kChunks = Traits::kHeadDim / 8;
+  const RowBlock<Traits> block(p, blocks);
+  const Sequence sequence(p, block.batch);
+  if (block.row >= sequence.seqlen_q) return;
+  const int64_t padded = BackwardWorkspace<Traits>::first_row(p, block.batch, sequence.row_q);
+  const float* dq =
+      workspace.dq + (block.head * workspace.rows + padded + block.row) * Traits::kHeadDim;
+  Element* target = static_cast<Element*>(p.dq.data) + block.batch * p.dq.batch +
+                    sequence.row_q * p.dq.row + block.head * p.dq.head;
+  const bool aligned = rows_aligned(target, p.dq.row);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < Traits::kBlockQ * kChunks; i += kPassThreads) {
+    const int r = i / kChunks, chunk = i % kChunks;
+    if (block.row + r >= sequence.seqlen_q || chunk * 8 >= p.head_dim) continue;
+    const float* tile = dq + (r / 16 * kChunks + chunk) * 128;
+    uint32_t packed[4];
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const int lane = r % 8 * 4 + pair, e = r % 16 / 8 * 2;
+      packed[pair] = pack<Element>(tile[fragment_offset(lane, e)] * p.scale,
+                                   tile[fragment_offset(lane, e + 1)] * p.scale);
+    }
+    store_chunk(target + (block.row + r) * p.dq.row + chunk * 8,
+                uint4{packed[0], packed[1], packed[2], packed[3]}, aligned);
+  }
+}
+
+}  // namespace flash::v2
