@@ -50,7 +50,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, *, descale: Descale | N
         V = memory.load("V", gV, keys, seen=band.keys(band.every_row()), times=group)
         for rows in blocks(band.rows(keys), tile.q, q.shape[1]):
             Q = memory.load("Q", gQ, rows)
-            O, row_max, row_sum = load_state(memory, gO_tmp, gM, gL, rows, first_visit(band, rows, keys))
+            O, row_max, row_sum = load_state(
+                memory, gO_tmp, gM, gL, rows, first_visit(band, rows, keys)
+            )
             S = mask(scores(gemm_qk(Q, K), spec), band, rows, keys)
             P, row_max, new_sum, alpha = update(S, row_max, row_sum)
             O = rescale(O, row_sum * alpha) + gemm_pv(P, V, q.dtype)

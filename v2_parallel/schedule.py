@@ -1,4 +1,4 @@
-"""Keep one Q block on chip and stream K/V past it: O stays in registers, divided once at the end."""
+"""Keep one Q block on chip and stream K/V past it: O stays in registers, divided once at last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A producer fills a ring of K/V stages; the softmax of block j runs between its neighbours' GEMMs."""
+"""A producer fills a ring of K/V stages; block j's softmax runs between its neighbours' GEMMs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from flash.v3_hopper.ring import Ring
 from torch import Tensor
 
 from flash.spec import Descale, Grads, Result, Spec
@@ -31,7 +32,6 @@ from flash.tiles import (
     update,
 )
 from flash.traffic import Traffic
-from flash.v3_hopper.ring import Ring
 
 TILE = Tile(q=128, kv=128)
 STAGES = 2
@@ -57,18 +57,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, *, descale: Descale | N
         )
         Q = split_rows(memory.load("Q", gQ, rows), tile.q, CONSUMERS)
         O, row_max, row_sum = init_state(Q, v.shape[-1])
-        waiting = None  # P of the block before, whose second GEMM is still to be issued
+        pending = None  # P of the block before, whose second GEMM is still to be issued
         for keys in blocks(band.keys(rows), tile.kv, k.shape[1]):
             S = gemm_qk(Q, ring_k.wait()) * qk_descale(descale, gQ, rows, keys)
             ring_k.release()
-            if waiting is not None:
-                O += gemm_pv(waiting, ring_v.wait(), q.dtype) * v_descale(descale, gQ, previous)
+            if pending is not None:
+                O += gemm_pv(*pending, ring_v.wait(), q.dtype)
                 ring_v.release()
             S = mask(scores(S, spec), band, rows, keys)
-            waiting, row_max, row_sum, alpha = update_rounded(S, row_max, row_sum, q.dtype)
-            O, previous = rescale(O, alpha), keys
-        if waiting is not None:
-            O += gemm_pv(waiting, ring_v.wait(), q.dtype) * v_descale(descale, gQ, previous)
+            P, row_max, row_sum, alpha = update_rounded(S, row_max, row_sum, q.dtype)
+            O, pending = rescale(O, alpha), (P, v_descale(descale, gQ, keys))
+        if pending is not None:
+            O += gemm_pv(*pending, ring_v.wait(), q.dtype)
         O, lse = normalize(O, row_max, row_sum)
         memory.store("O", gO, rows, join_rows(O, rows.size))
         memory.store("LSE", gLSE, rows, join_rows(lse, rows.size))
@@ -141,9 +141,9 @@ def rescale(O: Tensor, factor: Tensor) -> Tensor:
     return O * factor
 
 
-def gemm_pv(P: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
-    """First level of accumulation: one block, in the tensor core; the caller adds it to O in fp32."""
-    return (P if dtype == FP8 else rounded(P, dtype)) @ V  # (rows, dim)
+def gemm_pv(P: Tensor, factor: Tensor | float, V: Tensor, dtype: torch.dtype) -> Tensor:
+    """One block, summed in the tensor core; the caller adds it to O in fp32, the second level."""
+    return (P if dtype == FP8 else rounded(P, dtype)) @ V * factor  # (rows, dim)
 
 
 def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,

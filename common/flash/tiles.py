@@ -87,7 +87,7 @@ class Memory:
 
     def load(self, name: str, g: Tensor, rows: Range, seen: Range | None = None,
              times: int = 1) -> Tensor:  # fmt: skip
-        """One tile in compute precision; rows that nobody has seen are zeros, whatever they hold."""
+        """One tile in compute precision; rows out of `seen` are zeros, whatever they hold."""
         tile = g[..., rows.begin : rows.end, :]
         self.traffic.read(name, times * tile.numel() * g.element_size())
         tile = tile.to(self.compute)
@@ -130,7 +130,8 @@ def new_result(q: Tensor, v: Tensor) -> Result:
     batch, seqlen_q, heads_q, _ = q.shape
     dtype = torch.bfloat16 if q.dtype == FP8 else q.dtype
     out = torch.empty(batch, seqlen_q, heads_q, v.shape[-1], dtype=dtype, device=q.device)
-    lse = torch.empty(batch, heads_q, seqlen_q, dtype=LSE_DTYPE, device=q.device)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else LSE_DTYPE
+    lse = torch.empty(batch, heads_q, seqlen_q, dtype=lse_dtype, device=q.device)
     return Result(out, lse)
 
 
@@ -139,7 +140,7 @@ def new_grads(q: Tensor, k: Tensor, v: Tensor) -> Grads:
 
 
 def split_rows(x: Tensor, rows: int, parts: int) -> Tensor:
-    """(..., n, dim) -> (..., parts, rows / parts, dim): each part owns a slice of the tile's rows."""
+    """(..., n, dim) -> (..., parts, rows / parts, dim): a slice of rows for each part."""
     if x.shape[-2] < rows:
         x = torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[-2]))
     return x.unflatten(-2, (parts, rows // parts))
