@@ -1,4 +1,4 @@
-"""16-bit or fp32 Q, K, V into e4m3 with one scale per block, head or tensor, outliers spread out."""
+"""Q, K, V into e4m3 with one scale per block, head or tensor, and their outliers spread out."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
     heads_kv = k.shape[2]
     if hadamard:
         q, k = incoherent(q), incoherent(k)
-    parts = (quantize(q, granularity, block_q, heads_kv), quantize(k, granularity, block_kv, heads_kv),
-             quantize(v, granularity, block_kv, heads_kv))  # fmt: skip
-    stored, scales = zip(*parts, strict=True)
-    return QuantizedQKV(*stored, *scales)
+    sizes = ((q, block_q), (k, block_kv), (v, block_kv))
+    parts = [quantize(x, granularity, block, heads_kv) for x, block in sizes]
+    (q8, q_descale), (k8, k_descale), (v8, v_descale) = parts
+    return QuantizedQKV(q8, k8, v8, q_descale, k_descale, v_descale)
 
 
 def incoherent(x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def incoherent(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def random_signs(dim: int) -> Tensor:
-    """The same +-1 on every machine: bits of a 32-bit integer hash of the index (splitmix style)."""
+    """The same +-1 on every machine: one bit of a 32-bit integer hash of the index."""
     signs = []
     for index in range(dim):
         h = (index + 1) * 0x9E3779B9 & 0xFFFFFFFF
