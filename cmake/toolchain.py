@@ -54,7 +54,9 @@ def architectures() -> tuple[list[str], str]:
 
 def nvcc_version(path: Path) -> tuple[int, int] | None:
     try:
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+        text = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, check=False
+        ).stdout
     except OSError:
         return None
     match = re.search(r"release (\d+)\.(\d+)", text)
@@ -134,4 +136,9 @@ def cmake_answers() -> str:
 
 
 if __name__ == "__main__":
-    print(cmake_answers() if "--cmake" in sys.argv else summary())
+    if "--cmake" in sys.argv:
+        print(cmake_answers())
+    elif "--requirements" in sys.argv:
+        print(" ".join(requirements()))
+    else:
+        print(summary())

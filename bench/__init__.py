@@ -1,0 +1,1 @@
+"""Measuring, and the evidence that measuring leaves behind."""
