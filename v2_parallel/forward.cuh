@@ -24,16 +24,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   for (int s = 0; s < Traits::kStages - 1; ++s) load_kv(smem, p, tile, tile.blocks.begin + s);
 
   for (int j = tile.blocks.begin; j < tile.blocks.end; ++j) {
-    wait_kv<Traits>();
+    const bool poisoned = wait_kv(smem, tile, j);
     load_kv(smem, p, tile, j + Traits::kStages - 1);
     if (j == tile.blocks.begin) Q.keep();
-    if (tile.warp_sees_none(j)) continue;
+    if (tile.warp_sees_none(j) && !poisoned) continue;
 
     // --- one block: S = Q K^T, P = softmax(S), O = O + P V
     gemm_qk(S, Q, smem, j);
+    cap<Traits>(S, p);
     if (!tile.warp_sees_all(j)) mask(S, tile, j);
     softmax.update(S);
     softmax.rescale(O);
+    if (poisoned) quarantine(O, smem, tile, j);
     gemm_pv(O, S, smem, j);
   }
 

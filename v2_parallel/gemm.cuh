@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "v2_parallel/schedule.cuh"
+#include "v2_parallel/load.cuh"
 
 namespace flash::v2 {
 
@@ -119,6 +119,36 @@ __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
       }
     }
   }
+}
+
+// Before O += P V_j when V_j holds NaN or infinity: adds those to the rows that see their keys,
+// then makes them zeros in shared memory, where 0 * V_j would spread them to rows that must not
+// know.
+template <class Traits>
+__device__ __forceinline__ void quarantine(typename Traits::Output& O, Shared<Traits>& smem,
+                                           const Tile<Traits>& tile, int j) {
+  using Element = typename Traits::Element;
+  const int lane = threadIdx.x % 32;
+  const uint32_t sV = shared_address(smem.stage(j).v) + lane % 4 * 4;
+#pragma unroll 1
+  for (int key = 0; key < Traits::kBlockKV; ++key) {
+#pragma unroll
+    for (int n = 0; n < Traits::kTilesV; ++n) {
+      const uint32_t pair = load_shared_4(sV + Traits::ValueRows::offset(key, n));
+      if (!any_non_finite<Element>(pair)) continue;
+      const float2 v = unpack<Element>(pair);
+#pragma unroll
+      for (int e = 0; e < 4 * Traits::kTilesQ; ++e) {
+        const int row = tile.warp_row + e / 2 * 8 + lane / 4;
+        const float value = e % 2 == 0 ? v.x : v.y;
+        const bool seen = tile.sequence.visible(row, j * Traits::kBlockKV + key);
+        if (seen && !isfinite(value)) O[e / 4][n][e % 4] += value;
+      }
+    }
+  }
+  __syncthreads();  // every warp has read V_j
+  clear_non_finite(smem, j);
+  __syncthreads();  // V_j is finite for every warp
 }
 
 }  // namespace flash::v2

@@ -99,12 +99,49 @@ __device__ __forceinline__ void load_kv(Shared<Traits>& smem, const ForwardParam
   cp_async_commit();
 }
 
-// Waits for block j. Afterwards K_j, V_j (and Q) are visible to every warp, and no warp reads
-// block j - 1 any more: its stage may be filled again.
+// Does this thread's part of V_j hold NaN or infinity? Its own copies are visible to it already.
 template <class Traits>
-__device__ __forceinline__ void wait_kv() {
+__device__ __forceinline__ bool holds_non_finite(Shared<Traits>& smem, int j) {
+  using Element = typename Traits::Element;
+  const uint32_t sV = shared_address(smem.stage(j).v);
+  uint32_t trace = 0;  // a sum of 0 * v: NaN as soon as one v is not finite
+  CopyMap<Traits::kHeadDimV, Traits::kThreads>::template for_each<Traits::kBlockKV>(
+      [&](int, int, int offset) {
+        uint32_t words[4];
+        load_shared_16(words, sV + offset);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) trace = multiply_add<Element>(words[i], 0, trace);
+      });
+  return any_non_finite<Element>(trace);
+}
+
+// NaN and infinities of this thread's part of V_j become zeros.
+template <class Traits>
+__device__ __forceinline__ void clear_non_finite(Shared<Traits>& smem, int j) {
+  using Element = typename Traits::Element;
+  const uint32_t sV = shared_address(smem.stage(j).v);
+  CopyMap<Traits::kHeadDimV, Traits::kThreads>::template for_each<Traits::kBlockKV>(
+      [&](int, int, int offset) {
+        uint32_t words[4];
+        load_shared_16(words, sV + offset);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (any_non_finite<Element>(words[i] & 0xffff)) words[i] &= 0xffff0000;
+          if (any_non_finite<Element>(words[i] & 0xffff0000)) words[i] &= 0xffff;
+        }
+        store_shared_16(sV + offset, words);
+      });
+}
+
+// Waits for block j. Afterwards K_j, V_j (and Q) are visible to every warp, and no warp reads
+// block j - 1 any more: its stage may be filled again. True when some rows must not see all of
+// V_j and it holds NaN or infinity, which 0 * V_j would spread.
+template <class Traits>
+__device__ __forceinline__ bool wait_kv(Shared<Traits>& smem, const Tile<Traits>& tile, int j) {
   cp_async_wait<Traits::kStages - 2>();
+  if (!tile.all_visible(j)) return __syncthreads_or(holds_non_finite(smem, j));
   __syncthreads();
+  return false;
 }
 
 }  // namespace flash::v2

@@ -9,6 +9,26 @@
 
 namespace flash::v2 {
 
+// Scores that one factor cannot express: softcap * tanh(scale * S / softcap), or a scale of any
+// sign. They arrive scaled.
+template <class Traits>
+__device__ __forceinline__ void cap(typename Traits::Scores& S, const ForwardParams& p) {
+  if constexpr (Traits::kFeatured) {
+    const float inner = p.softcap == 0.0f ? p.scale : p.scale / p.softcap;
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesQ; ++m) {
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesKV; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          S[m][n][e] *= inner;
+          if (p.softcap != 0.0f) S[m][n][e] = p.softcap * fast_tanh(S[m][n][e]);
+        }
+      }
+    }
+  }
+}
+
 // Scores outside the mask become -inf. Call for blocks that are not visible as a whole.
 template <class Traits>
 __device__ __forceinline__ void mask(typename Traits::Scores& S, const Tile<Traits>& tile, int j) {
