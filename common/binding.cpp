@@ -79,7 +79,7 @@ py::dict plan(int direction, const Problem& problem) {
 }
 
 void bind_problem(py::module_& m) {
-  py::class_<Problem>(m, "Problem")
+  py::class_<Problem>(m, "Problem", py::module_local())
       .def(py::init<>())
       .def_property(
           "dtype", [](const Problem& p) { return int(p.dtype); },

@@ -105,6 +105,18 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+// Two floats rounded to 16 bits, the first one in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  uint32_t pair;
+  if constexpr (kDType<T> == DType::kBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
 // --- wgmma: ordering ---
 
 // Registers and shared memory that this warpgroup wrote are ready for the wgmmas that follow.

@@ -1,0 +1,123 @@
+// Host side of the forward pass: tensor maps, a persistent grid, shared memory, one launch.
+#pragma once
+
+#include "common/backend.h"
+#include "common/launch.cuh"
+#include "v3_hopper/forward.cuh"
+#include "v3_hopper/launch_backward.cuh"
+
+namespace flash::v3 {
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Query tiles in all; for packed sequences an upper bound.
+template <class Traits>
+int64_t count_tiles(const Problem& p) {
+  const int64_t dense = int64_t(p.batch) * ceil_div(p.seqlen_q, Traits::kBlockQ);
+  const int64_t packed = p.total_q / Traits::kBlockQ + p.batch;
+  return p.heads_q * (dense < packed ? dense : packed);
+}
+
+template <class Traits>
+ScheduleParams make_schedule(const Problem& p) {
+  constexpr int64_t kSectionBytes = 24 << 20;  // K and V of the heads in work, about half of L2
+  const int group = p.heads_q / p.heads_kv;
+  const int64_t head_bytes =
+      int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * int64_t(sizeof(typename Traits::Element));
+  const bool uneven = p.window_right != kUnlimited;
+  const int64_t fits = uneven && head_bytes > 0 ? kSectionBytes / head_bytes : 1;
+  const int64_t heads = int64_t(p.batch) * p.heads_kv;
+  const int64_t width = fits < 1 ? 1 : fits > heads ? heads : fits;
+  return {ceil_div(p.seqlen_q, Traits::kBlockQ), int(width) * group};
+}
+
+// Rows of a tensor in memory, and how many batches of them.
+template <class Element>
+MapShape map_shape(int64_t dim, int64_t rows, int64_t heads, int64_t batch, int box_rows) {
+  return {kMapType<Element>,
+          int(sizeof(Element)),
+          dim,
+          rows,
+          heads,
+          batch,
+          kChunkBytes / int(sizeof(Element)),
+          box_rows};
+}
+
+template <class Traits>
+cudaError_t make_maps(Arguments& args) {
+  using Element = typename Traits::Element;
+  const ForwardParams& p = args.p;
+  const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
+  const int64_t rows_q = packed_q ? p.total_q : p.seqlen_q, batch_q = packed_q ? 1 : p.batch;
+  const int64_t rows_k = packed_k ? p.total_k : p.seqlen_k, batch_k = packed_k ? 1 : p.batch;
+  cudaError_t status =
+      make_map(args.q, p.q, map_shape<Element>(p.head_dim, rows_q, p.heads_q, batch_q, kGroupRows));
+  if (status == cudaSuccess) {
+    status = make_map(
+        args.k, p.k, map_shape<Element>(p.head_dim, rows_k, p.heads_kv, batch_k, Traits::kBlockKV));
+  }
+  if (status == cudaSuccess) {
+    status =
+        make_map(args.v, p.v,
+                 map_shape<Element>(p.head_dim_v, rows_k, p.heads_kv, batch_k, Traits::kBlockKV));
+  }
+  return status;
+}
+
+// Are 16-byte stores to O legal?
+inline bool stores_aligned(const ForwardParams& p) {
+  const bool strides =
+      p.o.row % 8 == 0 && p.o.head % 8 == 0 && (p.o.batch % 8 == 0 || p.batch == 1);
+  return strides && reinterpret_cast<uintptr_t>(p.o.data) % 16 == 0;
+}
+
+template <class Traits>
+cudaError_t launch_traits(const ForwardParams& p) {
+  Arguments args = {};
+  args.p = p;
+  args.schedule = make_schedule<Traits>(p);
+  if (!stores_aligned(p)) return cudaErrorInvalidValue;
+  const cudaError_t status = make_maps<Traits>(args);
+  if (status != cudaSuccess) return status;
+  const int64_t tiles = count_tiles<Traits>(p);
+  const int sms = multiprocessors();
+  const dim3 grid(tiles < sms ? int(tiles) : sms);
+  return launch(forward_kernel<Traits>, grid, Traits::kThreads,
+                int(sizeof(typename Traits::Shared)), p.stream, args);
+}
+
+template <class Instance>
+cudaError_t launch_forward(const ForwardParams& p) {
+  if (count_tiles<Traits<Instance, false>>(p) == 0) return cudaSuccess;
+  const bool featured = p.softcap > 0.0f || !(p.scale > 0.0f);
+  return featured ? launch_traits<Traits<Instance, true>>(p)
+                  : launch_traits<Traits<Instance, false>>(p);
+}
+
+template <class Instance>
+Plan plan_forward(const Problem& p) {
+  using T = Traits<Instance, false>;
+  const int64_t tiles = count_tiles<T>(p);
+  const int sms = multiprocessors();
+  return {T::kBlockQ,
+          T::kBlockKV,
+          T::kStages,
+          T::kThreads,
+          tiles < sms ? tiles : sms,
+          int(sizeof(typename T::Shared)),
+          0};
+}
+
+template <class Instance>
+cudaError_t probe_forward() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, forward_kernel<Traits<Instance, false>>);
+}
+
+}  // namespace flash::v3

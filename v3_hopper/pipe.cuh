@@ -1,0 +1,93 @@
+// A consumer's side of every ring: wait for what TMA brought, give it back, take turns.
+#pragma once
+
+#include "v3_hopper/traits.cuh"
+
+namespace flash::v3 {
+
+template <class Traits>
+__device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
+  for (int i = 0; i < Traits::kWorkSlots; ++i) {
+    shared.work_full[i].init(1);
+    shared.work_empty[i].init(Traits::kConsumers + kGuardWarps);
+  }
+  for (int i = 0; i < Traits::kStagesQ; ++i) {
+    for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
+      shared.q_full[i][consumer].init(1);
+      shared.q_empty[i][consumer].init(1);
+    }
+  }
+  for (int i = 0; i < Traits::kStages; ++i) {
+    shared.k_full[i].init(1);
+    shared.k_empty[i].init(Traits::kConsumers);
+    shared.v_landed[i].init(1);
+    shared.v_full[i].init(1 + kGuardWarps);
+    shared.v_empty[i].init(Traits::kConsumers);
+  }
+  fence_barrier_init();
+}
+
+// Waits return the address of what has arrived; releases are one arrival per warpgroup, legal once
+// the GEMM that read the slot has been waited for.
+template <class Traits>
+struct Pipes {
+  typename Traits::Shared& shared;
+  const int consumer;
+  Ring<Traits::kWorkSlots> work;
+  Ring<Traits::kStagesQ> q;
+  Ring<Traits::kStages> k, v;
+
+  __device__ __forceinline__ const Work& wait_work() {
+    shared.work_full[work.slot].wait(work.parity);
+    return shared.work[work.slot];
+  }
+  __device__ __forceinline__ void next_work() {
+    named_sync(kDone + consumer, kGroupThreads);  // every thread has read its last of the slot
+    if (leader()) shared.work_empty[work.slot].arrive();
+    work.advance();
+  }
+
+  __device__ __forceinline__ const unsigned char* wait_q() {
+    shared.q_full[q.slot][consumer].wait(q.parity);
+    return shared.q[q.slot][consumer];
+  }
+  __device__ __forceinline__ void release_q() {
+    if (leader()) shared.q_empty[q.slot][consumer].arrive();
+    q.advance();
+  }
+
+  __device__ __forceinline__ const unsigned char* wait_k() {
+    shared.k_full[k.slot].wait(k.parity);
+    return shared.k[k.slot];
+  }
+  __device__ __forceinline__ void release_k() {
+    if (leader()) shared.k_empty[k.slot].arrive();
+    k.advance();
+  }
+
+  __device__ __forceinline__ const unsigned char* wait_v() {
+    shared.v_full[v.slot].wait(v.parity);
+    return shared.v[v.slot];
+  }
+  __device__ __forceinline__ void release_v() {
+    if (leader()) shared.v_empty[v.slot].arrive();
+    v.advance();
+  }
+
+  // Consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of
+  // another.
+  __device__ __forceinline__ void first_turn() const {
+    if (consumer == Traits::kConsumers - 1) named_arrive(kTurn, 2 * kGroupThreads);
+  }
+  __device__ __forceinline__ void take_turn() const {
+    named_sync(kTurn + consumer, 2 * kGroupThreads);
+  }
+  __device__ __forceinline__ void give_turn() const {
+    named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);
+  }
+
+ private:
+  __device__ __forceinline__ bool leader() const { return threadIdx.x % kGroupThreads == 0; }
+};
+
+}  // namespace flash::v3

@@ -1,0 +1,152 @@
+// The online softmax of one warpgroup's 64 rows: mask, update, rescale, normalize.
+#pragma once
+
+#include "v3_hopper/traits.cuh"
+
+namespace flash::v3 {
+
+// A thread holds parts of two rows, 8 apart; the four threads of a quad share them.
+struct RowState {
+  float row_max[2];  // reference of the exponentials, in units of S
+  float row_sum[2];  // of this thread's columns only, until normalize
+};
+
+struct Scale {
+  float to_log2;  // exp2(to_log2 * S) is the exponential of the scaled score
+  float slack;    // how far S may exceed the reference before O is rescaled
+  float scale, softcap;
+};
+
+template <class Traits>
+__device__ __forceinline__ Scale make_scale(const ForwardParams& p) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr float kSlackLog2 = 8.0f;  // probabilities stay below 2^8: exact in fp32 sums
+  const float to_log2 = Traits::kFeatured ? kLog2E : p.scale * kLog2E;
+  return {to_log2, kSlackLog2 / to_log2, p.scale, p.softcap};
+}
+
+// Scores that are not a plain multiple of Q K^T.
+template <class Traits>
+__device__ __forceinline__ void feature(float (&s)[Traits::kBlockKV / 2], const Scale& scale) {
+  if constexpr (Traits::kFeatured) {
+    constexpr float kTwoLog2E = 2.8853900817779268f;
+    const bool cap = scale.softcap > 0.0f;
+    const float factor = cap ? scale.scale / scale.softcap * kTwoLog2E : scale.scale;
+#pragma unroll
+    for (float& x : s) {
+      x *= factor;
+      // tanh(y) = 1 - 2 / (1 + exp(2 y))
+      if (cap) x = scale.softcap - __fdividef(2.0f * scale.softcap, 1.0f + fast_exp2(x));
+    }
+  }
+}
+
+// Scores that a row must not see become -inf. `row` is the first of this thread's two rows.
+template <class Traits>
+__device__ __forceinline__ void mask(float (&s)[Traits::kBlockKV / 2], const Sequence& sequence,
+                                     int row, int key) {
+  const int first_column = key + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int begin = row + 8 * half + sequence.first - first_column;
+    const int last = min(row + 8 * half + sequence.last, sequence.seqlen_k - 1) - first_column;
+    const unsigned visible = max(last - begin + 1, 0);
+#pragma unroll
+    for (int i = 2 * half; i < Traits::kBlockKV / 2; i += i % 2 ? 3 : 1) {
+      const int column = i / 4 * 8 + i % 2;
+      if (unsigned(column - begin) >= visible) s[i] = -INFINITY;
+    }
+  }
+}
+
+// S becomes P = exp(S - reference), the sums grow. Returns whether the reference rose and O must be
+// rescaled by `correction`: only when a score exceeds it by the slack, so rarely.
+template <class Traits, bool kFirst>
+__device__ __forceinline__ bool update(float (&s)[Traits::kBlockKV / 2], RowState& state,
+                                       float (&correction)[2], const Scale& scale) {
+  float block_max[2] = {s[0], s[2]};
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
+    block_max[i / 2 % 2] = fmaxf(block_max[i / 2 % 2], s[i]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(~0u, block_max[half], 1));
+    block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(~0u, block_max[half], 2));
+  }
+  bool risen = false;
+  if constexpr (kFirst) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      state.row_max[half] = block_max[half];
+      state.row_sum[half] = 0.0f;
+    }
+  } else {
+    risen = __any_sync(~0u, block_max[0] > state.row_max[0] + scale.slack ||
+                                block_max[1] > state.row_max[1] + scale.slack);
+    if (risen) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float risen_max = fmaxf(state.row_max[half], block_max[half]);
+        const float reference = risen_max == -INFINITY ? 0.0f : risen_max;
+        correction[half] = fast_exp2((state.row_max[half] - reference) * scale.to_log2);
+        state.row_max[half] = risen_max;
+        state.row_sum[half] *= correction[half];
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float reference = state.row_max[half] == -INFINITY ? 0.0f : state.row_max[half];
+    const float offset = reference * scale.to_log2;
+#pragma unroll
+    for (int i = 2 * half; i < Traits::kBlockKV / 2; i += i % 2 ? 3 : 1) {
+      s[i] = fast_exp2(fmaf(s[i], scale.to_log2, -offset));
+      state.row_sum[half] += s[i];
+    }
+  }
+  return risen;
+}
+
+// P in the layout of a register operand: the accumulators' own order, two to a register.
+template <class Traits>
+__device__ __forceinline__ void pack(uint32_t (&p)[Traits::kBlockKV / 4],
+                                     const float (&s)[Traits::kBlockKV / 2]) {
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockKV / 4; ++i) {
+    p[i] = pack_pair<typename Traits::Element>(s[2 * i], s[2 * i + 1]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void clear(float (&r)[N]) {
+#pragma unroll
+  for (float& x : r) x = 0.0f;
+}
+
+template <class Traits>
+__device__ __forceinline__ void rescale(float (&o)[Traits::kHeadDimV / 2],
+                                        const float (&correction)[2]) {
+#pragma unroll
+  for (int i = 0; i < Traits::kHeadDimV / 2; ++i) o[i] *= correction[i / 2 % 2];
+}
+
+// O / row_sum; lse becomes the natural log-sum-exp, -inf for a row that saw nothing.
+template <class Traits>
+__device__ __forceinline__ void normalize(float (&o)[Traits::kHeadDimV / 2], RowState& state,
+                                          float (&lse)[2], const Scale& scale) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float& sum = state.row_sum[half];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    lse[half] =
+        sum == 0.0f ? -INFINITY : (state.row_max[half] * scale.to_log2 + __log2f(sum)) * kLn2;
+  }
+  rescale<Traits>(o, inverse);
+}
+
+}  // namespace flash::v3

@@ -1,0 +1,100 @@
+// Every compile-time constant of a kernel: tile sizes, pipeline depths, registers, shared memory.
+#pragma once
+
+#include "common/mask.cuh"
+#include "v3_hopper/tma.cuh"
+
+namespace flash::v3 {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kGroupThreads = 128;
+inline constexpr int kGroupRows = 64;  // query rows of one consumer warpgroup
+inline constexpr int kGuardWarps = 3;  // warps beside the loading one in the producer warpgroup
+
+// The sizes that were tuned, per head dim: consumers, keys of a tile, K/V stages, Q stages.
+template <int kHeadDim, int kHeadDimV>
+struct Tuning {
+  static constexpr int kConsumers = 2, kBlockKV = 128, kStages = 2, kStagesQ = 2;
+};
+template <>
+struct Tuning<64, 64> {
+  static constexpr int kConsumers = 3, kBlockKV = 128, kStages = 4, kStagesQ = 2;
+};
+template <>
+struct Tuning<192, 128> {
+  static constexpr int kConsumers = 2, kBlockKV = 128, kStages = 2, kStagesQ = 1;
+};
+template <>
+struct Tuning<192, 192> {
+  static constexpr int kConsumers = 2, kBlockKV = 112, kStages = 2, kStagesQ = 1;
+};
+template <>
+struct Tuning<256, 256> {
+  static constexpr int kConsumers = 2, kBlockKV = 80, kStages = 2, kStagesQ = 1;
+};
+
+// One tile of work, written by the producer and read by everyone else.
+struct Work {
+  Sequence sequence;
+  int batch, head, row;  // row: first query row in its sequence; head < 0: no more work
+  int poisoned;          // a guard replaced NaN or Inf in V by zero
+};
+
+// Named barriers; 0 is __syncthreads.
+enum NamedBarrier : int {
+  kTurn = 1,  // kTurn + consumer: its turn to issue GEMMs
+  kDone = 5,  // kDone + consumer: its threads are done with a tile
+};
+
+template <class Instance, bool kFeaturedScores>
+struct Traits {
+  using Element = typename Instance::Element;
+  using Output = Element;
+  using Tuned = Tuning<Instance::kHeadDim, Instance::kHeadDimV>;
+  static constexpr bool kFeatured = kFeaturedScores;  // softcap, or a scale that is not positive
+  static constexpr int kHeadDim = Instance::kHeadDim;
+  static constexpr int kHeadDimV = Instance::kHeadDimV;
+  static constexpr int kConsumers = Tuned::kConsumers;
+  static constexpr int kBlockQ = kConsumers * kGroupRows;
+  static constexpr int kBlockKV = Tuned::kBlockKV;
+  static constexpr int kStages = Tuned::kStages;
+  static constexpr int kStagesQ = Tuned::kStagesQ;
+  static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+
+  // In shared memory a tile is a row of chunks, each 128 bytes wide; TMA fills columns beyond the
+  // head dim with zeros.
+  static constexpr int kChunkColumns = kChunkBytes / int(sizeof(Element));
+  static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
+  static constexpr int kChunksV = (kHeadDimV + kChunkColumns - 1) / kChunkColumns;
+  static constexpr int kBytesQ = kGroupRows * kChunks * kChunkBytes;  // of one consumer
+  static constexpr int kBytesK = kBlockKV * kChunks * kChunkBytes;
+  static constexpr int kBytesV = kBlockKV * kChunksV * kChunkBytes;
+  static constexpr int kWorkSlots = 4;
+
+  struct Shared {
+    alignas(1024) unsigned char q[kStagesQ][kConsumers][kBytesQ];
+    alignas(1024) unsigned char k[kStages][kBytesK];
+    alignas(1024) unsigned char v[kStages][kBytesV];
+    Work work[kWorkSlots];
+    Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
+    Barrier q_full[kStagesQ][kConsumers], q_empty[kStagesQ][kConsumers];
+    Barrier k_full[kStages], k_empty[kStages];
+    Barrier v_landed[kStages];  // V arrived, but a guard has to look through it first
+    Barrier v_full[kStages], v_empty[kStages];
+  };
+};
+
+struct ScheduleParams {
+  int tiles_q;            // query tiles of the longest sequence
+  int heads_per_section;  // query heads whose tiles are interleaved, so that their K/V stay in L2
+};
+
+struct Arguments {
+  CUtensorMap q, k, v;
+  ForwardParams p;
+  ScheduleParams schedule;
+};
+
+}  // namespace flash::v3
