@@ -54,12 +54,10 @@ def architectures() -> tuple[list[str], str]:
 
 def nvcc_version(path: Path) -> tuple[int, int] | None:
     try:
-        text = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, check=False
-        ).stdout
+        run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     except OSError:
         return None
-    match = re.search(r"release (\d+)\.(\d+)", text)
+    match = re.search(r"release (\d+)\.(\d+)", run.stdout)
     return (int(match[1]), int(match[2])) if match else None
 
 
