@@ -1,0 +1,73 @@
+// FlashAttention-1: keep K/V blocks on chip and stream every Q block, with its O, m, l, past them.
+#pragma once
+
+#include "v1_tiling/gemm.cuh"
+#include "v1_tiling/load.cuh"
+#include "v1_tiling/softmax.cuh"
+#include "v1_tiling/store.cuh"
+
+namespace flash::v1 {
+
+// --- one visit: a Q block takes up its state, meets the K/V blocks of a pass, and leaves its state
+template <class Traits>
+__device__ __forceinline__ void visit(Shared<Traits>& smem, const ForwardParams& p,
+                                      const Grid& grid, const Tile<Traits>& tile, Range pass,
+                                      bool is_last_turn) {
+  Query<Traits> Q(smem);      // (kRowsPerWarp, kHeadDim)
+  typename Traits::Output O;  // (kRowsPerWarp, kHeadDim) fp32, registers
+  typename Traits::Scores S;  // (kRowsPerWarp, kBlockKV) fp32, registers
+  Softmax<Traits> softmax(p);
+
+  if (!tile.absent) {
+    load_q(smem, p, tile);
+    load_state(O, softmax, p, grid, tile);
+    wait_q(smem);
+    Q.keep();
+  }
+
+  for (int j = pass.begin; j < pass.end; ++j) {
+    wait_kv(smem, j);
+    if (!tile.warp_sees_none(j)) {
+      // --- one block: S = Q K^T, P = softmax(S), O = O + P V
+      gemm_qk(S, Q, smem, j);
+      cap<Traits>(S, p);
+      if (!tile.warp_sees_all(j)) mask(S, tile, j);
+      softmax.update(S);
+      softmax.rescale(O);
+      gemm_pv(O, S, smem, j);
+    }
+    if (is_last_turn) release_kv(smem, p, tile, pass, j);
+  }
+
+  if (!tile.absent) {
+    softmax.normalize(O);  // divides by the sum at every visit
+    store_state(O, softmax, smem, p, grid, tile);
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kMaxThreads, 1)
+    forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Grid grid) {
+  if constexpr (Traits::kRuns) {
+    // --- work: one CTA owns slices of Q, one after another, each warp Q blocks of the slice
+    Shared<Traits> smem = shared_memory<Traits>(grid.stages);
+    for (int round = 0; grid.tile(round) < grid.tiles; ++round) {
+      Tile<Traits> tile(p, grid, grid.tile(round));
+      if (tile.empty()) continue;
+      smem.restart(tile.blocks.begin);
+      for (int s = 0; s < grid.stages; ++s) load_kv(smem, p, tile, tile.blocks.begin + s);
+
+      Range pass = tile.first_pass();
+      do {
+        for (int turn = 0; turn < grid.turns; ++turn) {
+          tile.visit(grid, pass, turn);
+          visit(smem, p, grid, tile, pass, turn == grid.turns - 1);
+        }
+        smem.advance(pass.end);
+        pass = tile.next_pass(pass);
+      } while (pass.begin < pass.end);
+    }
+  }
+}
+
+}  // namespace flash::v1

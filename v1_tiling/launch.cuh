@@ -1,0 +1,89 @@
+// From parameters to kernel, grid and shared memory.
+#pragma once
+
+#include "common/backend.h"
+#include "common/launch.cuh"
+#include "v1_tiling/forward.cuh"
+#include "v1_tiling/launch_backward.cuh"
+
+namespace flash::v1 {
+
+// What the current device offers.
+struct Device {
+  int shared_bytes = 0, processors = 0;
+
+  Device() {
+    int device = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+};
+
+// Eight warps if at least two K/V blocks then find room beside their Q blocks, else fewer.
+template <class Traits>
+Grid make_grid(const Problem& p) {
+  const Device device;
+  Grid grid = {};
+  const auto fits = [&](int stages) {
+    return Shared<Traits>::bytes(stages, grid.warps) <= device.shared_bytes;
+  };
+  for (grid.warps = Traits::kMaxWarps; grid.warps > 1 && !fits(2); grid.warps /= 2) {
+  }
+  for (grid.stages = Traits::kMaxStages; grid.stages > 1 && !fits(grid.stages); --grid.stages) {
+  }
+  grid.turns = 2;
+  grid.slice = grid.turns * grid.warps * Traits::kRowsPerWarp;
+  grid.slices = (p.seqlen_q + grid.slice - 1) / grid.slice;
+  grid.tiles = int64_t(grid.slices) * p.batch * p.heads_q;
+  grid.ctas = int(grid.tiles < device.processors ? grid.tiles : device.processors);
+  grid.last_first = p.window_right != kUnlimited;
+  return grid;
+}
+
+inline bool aligned(const View& v, const Problem& p) {
+  const int64_t strides = v.row | v.head | (p.batch > 1 ? v.batch : 0);
+  const int64_t chunk = p.dtype == DType::kFloat32 ? 4 : 8;
+  return reinterpret_cast<uint64_t>(v.data) % 16 == 0 && strides % chunk == 0;
+}
+
+template <class Traits>
+cudaError_t launch_forward_as(const ForwardParams& p) {
+  const Grid grid = make_grid<Traits>(p);
+  return launch(forward_kernel<Traits>, dim3(unsigned(grid.ctas)), 32 * grid.warps,
+                Shared<Traits>::bytes(grid.stages, grid.warps), p.stream, p, grid);
+}
+
+template <class Instance>
+cudaError_t launch_forward(const ForwardParams& p) {
+  if (p.batch == 0 || p.seqlen_q == 0 || p.heads_q == 0) return cudaSuccess;
+  const bool plain = p.softcap == 0.0f && p.scale > 0.0f && aligned(p.q, p) && aligned(p.k, p) &&
+                     aligned(p.v, p) && aligned(p.o, p);
+  return plain ? launch_forward_as<ForwardTraits<Instance, false>>(p)
+               : launch_forward_as<ForwardTraits<Instance, true>>(p);
+}
+
+template <class Instance>
+Plan plan_forward(const Problem& p) {
+  using Traits = ForwardTraits<Instance, false>;
+  const Grid grid = make_grid<Traits>(p);
+  Plan plan;
+  plan.block_q = grid.warps * Traits::kRowsPerWarp;
+  plan.block_kv = grid.stages * Traits::kBlockKV;
+  plan.stages = grid.stages;
+  plan.threads = 32 * grid.warps;
+  plan.grid = grid.ctas;
+  plan.shared_bytes = Shared<Traits>::bytes(grid.stages, grid.warps);
+  const bool one_pass = p.seqlen_k <= plan.block_kv;  // then no state needs to travel
+  const int64_t q_blocks = int64_t(grid.ctas) * grid.turns * grid.warps;
+  plan.workspace_bytes = one_pass ? 0 : q_blocks * Traits::kStateFloats * int64_t(sizeof(float));
+  return plan;
+}
+
+template <class Instance>
+cudaError_t probe_forward() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, forward_kernel<ForwardTraits<Instance, false>>);
+}
+
+}  // namespace flash::v1
