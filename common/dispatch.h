@@ -39,7 +39,7 @@ struct Instances {};
 template <class... I, class Run>
 cudaError_t dispatch(Instances<I...>, const Problem& p, Run run) {
   cudaError_t status = cudaErrorInvalidDeviceFunction;
-  auto try_one = [&](auto instance) {
+  [[maybe_unused]] auto try_one = [&](auto instance) {
     using Candidate = decltype(instance);
     const bool fits = kDType<typename Candidate::Element> == p.dtype &&
                       p.head_dim <= Candidate::kHeadDim && p.head_dim_v <= Candidate::kHeadDimV;
