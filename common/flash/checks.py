@@ -1,0 +1,188 @@
+"""The tensors of a call: kind, dtype, device, shape and strides, each error naming its argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash.capability import DTYPES, FP8, HEAD_DIM_STEP, MAX_HEAD_DIM
+from flash.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    UnsupportedError,
+    wrong_type,
+    wrong_value,
+)
+
+AXES = {
+    "bshd": ("batch", "seq", "heads", "dim"),
+    "bhsd": ("batch", "heads", "seq", "dim"),
+    "packed": ("total", "heads", "dim"),
+}
+
+
+def check_kind(name: str, x: Any) -> None:
+    """A strided torch tensor."""
+    if not isinstance(x, Tensor):
+        raise wrong_type(name, x, "a torch.Tensor", f"convert it, e.g. torch.as_tensor({name})")
+    if x.is_nested or x.layout != torch.strided or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
+        hint = "pack ragged batches for attention_varlen" if x.is_nested else "pass a dense tensor"
+        text = f"{name} is a {kind} tensor; supported are dense strided tensors; {hint}"
+        raise UnsupportedError(text, argument=name, given=kind, expected="strided")
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        names = ", ".join(DTYPES.values())
+        text = f"{name}.dtype is {x.dtype}; supported are {names}; convert it with {name}.to()"
+        raise ArgumentTypeError(text, argument=name, given=x.dtype, expected=tuple(DTYPES))
+
+
+def check_same(name: str, x: Tensor, other: str, like: Tensor) -> None:
+    """Same dtype and device as another argument."""
+    if x.dtype != like.dtype:
+        text = f"{name}.dtype is {x.dtype} but {other}.dtype is {like.dtype}; convert one of them"
+        raise ArgumentTypeError(text, argument=name, given=x.dtype, expected=like.dtype)
+    check_device(name, x, other, like)
+
+
+def check_device(name: str, x: Tensor, other: str, like: Tensor) -> None:
+    if x.device != like.device:
+        text = f"{name} is on {x.device} but {other} is on {like.device}; move them to one device"
+        raise ArgumentValueError(text, argument=name, given=x.device, expected=like.device)
+
+
+def check_unit_stride(name: str, x: Tensor) -> None:
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        hint = f"call {name}.contiguous()"
+        raise wrong_value(f"{name}.stride(-1)", x.stride(-1), "1", hint)
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[Any, ...], why: str) -> None:
+    if tuple(x.shape) != expected:
+        text = f"{name} must have shape {expected} ({why}), got {tuple(x.shape)}"
+        raise ArgumentValueError(text, argument=name, given=tuple(x.shape), expected=expected)
+
+
+def _check_dims(name: str, x: Tensor, axes: tuple[str, ...], layout: str) -> None:
+    if x.ndim != len(axes):
+        expected = f"{len(axes)} dimensions ({', '.join(axes)})"
+        text = f'{name} has {x.ndim} dimensions; layout "{layout}" needs {expected}'
+        hint = "; for packed sequences use attention_varlen" if x.ndim == 3 else ""
+        raise ArgumentValueError(text + hint, argument=name, given=x.ndim, expected=len(axes))
+
+
+def check_head_dim(name: str, dim: int) -> None:
+    if dim < HEAD_DIM_STEP or dim > MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
+        up = min(MAX_HEAD_DIM, max(1, -(-dim // HEAD_DIM_STEP)) * HEAD_DIM_STEP)
+        text = (
+            f"{name} has head dim {dim}; supported are multiples of {HEAD_DIM_STEP} up to "
+            f"{MAX_HEAD_DIM}; pad with torch.nn.functional.pad, e.g. to {up}, and pass scale"
+        )
+        raise UnsupportedError(text, argument=name, given=dim, expected=HEAD_DIM_STEP)
+
+
+def _match(axis: str, names: tuple[str, str], sizes: tuple[int, int], hint: str) -> None:
+    if sizes[0] != sizes[1]:
+        text = f"{axis}: {names[0]} has {sizes[0]}, {names[1]} has {sizes[1]}; {hint}"
+        raise ArgumentValueError(text, argument=names[1], given=sizes[1], expected=sizes[0])
+
+
+def check_heads(heads_q: int, heads_k: int, heads_v: int) -> None:
+    _match("heads", ("k", "v"), (heads_k, heads_v), "K and V need the same number of heads")
+    if heads_q < 1 or heads_k < 1:
+        name, given = ("q", heads_q) if heads_q < 1 else ("k", heads_k)
+        raise wrong_value(f"{name} heads", given, "at least 1")
+    if heads_q % heads_k:
+        hint = "query heads share K/V heads in equal groups"
+        raise wrong_value("q heads", heads_q, f"a multiple of the {heads_k} heads of k", hint)
+
+
+def check_inputs(q: Any, k: Any, v: Any, layout: str) -> None:
+    """q, k and v of one call; layout is bshd, bhsd or packed."""
+    named = (("q", q), ("k", k), ("v", v))
+    for name, x in named:
+        check_kind(name, x)
+        check_dtype(name, x)
+    check_same("k", k, "q", q)
+    check_same("v", v, "q", q)
+    axes = AXES[layout]
+    for name, x in named:
+        _check_dims(name, x, axes, layout)
+    seq, heads = axes.index("total" if layout == "packed" else "seq"), axes.index("heads")
+    if layout != "packed":
+        hint = "broadcast with .expand(), which copies nothing"
+        _match("batch", ("q", "k"), (q.shape[0], k.shape[0]), hint)
+        _match("batch", ("k", "v"), (k.shape[0], v.shape[0]), hint)
+    _match("sequence", ("k", "v"), (k.shape[seq], v.shape[seq]), "every key needs one value")
+    check_heads(q.shape[heads], k.shape[heads], v.shape[heads])
+    _match("head dim", ("q", "k"), (q.shape[-1], k.shape[-1]), "Q K^T needs equal head dims")
+    check_head_dim("q", q.shape[-1])
+    check_head_dim("v", v.shape[-1])
+    for name, x in named:
+        check_unit_stride(name, x)
+        if x.dtype == FP8 and x.requires_grad:
+            text = f"{name} is FP8 and requires grad; FP8 is forward only; use precision='fp8'"
+            raise UnsupportedError(text, argument=name, given="requires_grad", expected=False)
+
+
+def check_output(name: str, x: Any, shape: tuple[Any, ...], like: Tensor, dtype: torch.dtype,
+                 inputs: tuple[Tensor, ...]) -> None:  # fmt: skip
+    """A tensor to write: right shape and dtype, no element twice, no memory of an input."""
+    check_kind(name, x)
+    if x.dtype != dtype:
+        text = f"{name}.dtype is {x.dtype}, must be {dtype}; allocate it with torch.empty"
+        raise ArgumentTypeError(text, argument=name, given=x.dtype, expected=dtype)
+    check_device(name, x, "q", like)
+    check_shape(name, x, shape, "that of the result")
+    check_unit_stride(name, x)
+    if x.requires_grad:
+        hint = "results written in place have no gradient"
+        raise wrong_value(f"{name}.requires_grad", True, "False", hint)
+    if _overlaps_itself(x):
+        raise wrong_value(f"{name}.stride()", x.stride(), "free of overlap", "do not expand it")
+    if x.device.type != "meta" and any(_share(x, other) for other in inputs):
+        text = f"{name} shares memory with another tensor of the call; give it its own"
+        raise ArgumentValueError(text, argument=name, given="overlap", expected="own memory")
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    dims = sorted((st, n) for n, st in zip(x.shape, x.stride(), strict=True) if n > 1)
+    extent = 0
+    for stride, size in dims:
+        if stride <= extent:
+            return True
+        extent += stride * (size - 1)
+    return False
+
+
+def _share(x: Tensor, other: Tensor) -> bool:
+    """The byte ranges overlap and so may elements; interleaved views of one buffer do not."""
+    if not x.numel() or not other.numel():
+        return False
+    if x.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    return not _disjoint(x, other)
+
+
+def _disjoint(x: Tensor, other: Tensor) -> bool:
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((n - 1) * st for n, st in zip(t.shape, t.stride(), strict=True))
+        begin = t.data_ptr()
+        return begin, begin + (last + 1) * t.element_size()
+
+    (a, b), (c, d) = span(x), span(other)
+    if b <= c or d <= a:
+        return True
+    same = x.dtype == other.dtype and x.stride() == other.stride() and x.shape == other.shape
+    if not same:
+        return False
+    # Slices of one buffer, such as dq and dk of a (batch, seq, 3, heads, dim) tensor.
+    offset = abs(a - c) // x.element_size()
+    dims = [(st, n) for n, st in zip(x.shape, x.stride(), strict=True) if n > 1]
+    inner = sum((n - 1) * st for st, n in dims if st <= offset)
+    outer = min((st for st, _ in dims if st > offset), default=offset + inner + 1)
+    return inner < offset and offset + inner < outer

@@ -1,0 +1,3 @@
+from typing import Any
+def compare(*a: Any, **k: Any) -> Any:
+    raise NotImplementedError
