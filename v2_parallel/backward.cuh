@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   const int heads = p.heads_q / p.heads_kv;
   const int steps = rows.begin < rows.end ? heads * row_blocks : 0;
 
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int tid = threadIdx.x, warp = tid / 32;
+  int lane = tid % 32;
   const int key = warp / Traits::kSplit * Traits::kWarpKeys;     // first key of this warp
   const int slice = warp % Traits::kSplit;                       // of the rows and channels
   const int chunk = slice * Traits::kWarpDim / 8;                // of dK and dV
@@ -56,7 +57,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     if (step < steps) {
       const int head = tile.head * heads + step / row_blocks;
       const int row = (first_block + step % row_blocks) * kBlockQ;
-      const int stage = step % Traits::kStages;
+      lane = opaque(lane);  // addresses are computed again each time: kept, they would not fit
+    const int stage = step % Traits::kStages;
       load_block<Traits, kBlockQ>(shared.q[stage], p.q,
                                  tile.batch * p.q.batch + sequence.row_q * p.q.row +
                                      head * p.q.head, row, rows, p.head_dim);
@@ -78,6 +80,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   load_q(1);
   cp_async_wait<1>();
   __syncthreads();  // K, V and the first Q, dO are in shared memory
+  const bool all_masked =  // some rows do not see all keys, and keys are not finite
+      !sequence.all_visible(rows.begin, rows.end - rows.begin, tile.key, kBlockKV) &&
+      scrub_keys<Traits, kBlockKV>(shared.k, shared.poison);
 
   float rdK[2][Traits::kWarpDim / 8][4] = {};
   float rdV[2][Traits::kWarpDim / 8][4] = {};
@@ -85,12 +90,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   const uint32_t sP = shared_address(shared.p);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
+    lane = opaque(lane);  // addresses are computed again each time: kept, they would not fit
     const int stage = step % Traits::kStages;
     const int block = first_block + step % row_blocks;
     const uint32_t sQ = shared_address(shared.q[stage]);
     const uint32_t sdO = shared_address(shared.dout[stage]);
     const uint32_t sdS = shared_address(shared.ds[step % 2]);
-    const bool masked = !sequence.all_visible(block * kBlockQ, kBlockQ, tile.key, kBlockKV);
+    const bool masked =
+        all_masked || !sequence.all_visible(block * kBlockQ, kBlockQ, tile.key, kBlockKV);
 #pragma unroll 1
     for (int part = 0; part < kBlockQ; part += Traits::kStepQ) {
       const int row = part + slice * Traits::kWarpQ;  // in the block
@@ -98,17 +105,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       float rdP[2][Traits::kWarpQ / 8][4];
       uint32_t rP[2][Traits::kWarpQ / 16][4], rdS[2][Traits::kWarpQ / 16][4];
       gemm_scores<Traits>(rS, sK, key, sQ, row, lane);
-      start_negative(rdP, shared.delta[stage] + row, lane);
+      start_negative<KeysByRows>(rdP, shared.delta[stage] + row, lane);
       gemm_scores<Traits>(rdP, sV, key, sdO, row, lane);
       const float* lse = shared.lse[stage] + row;
-      const int k = tile.key + key, r = block * kBlockQ + row;
+      const float* poison = shared.poison + key;
+      const int r = block * kBlockQ + row, c = tile.key + key;
       if (masked) {
-        exponentiate<Traits, true>(rP, rS, p, sequence, lse, k, r, lane);
-        multiply_ds<Traits, true>(rdS, rdP, rS);
+        exponentiate<Traits, KeysByRows, true>(rP, rS, p, sequence, lse, poison, r, c, lane);
+        mask_dp(rdP, rS);
       } else {
-        exponentiate<Traits, false>(rP, rS, p, sequence, lse, k, r, lane);
-        multiply_ds<Traits, false>(rdS, rdP, rS);
+        exponentiate<Traits, KeysByRows, false>(rP, rS, p, sequence, lse, poison, r, c, lane);
       }
+      multiply_ds<Element>(rdS, rdP, rS);
       store_scores<Traits>(shared.ds[step % 2], rdS, key, row, lane);
       if constexpr (Traits::kSplit > 1) {
         store_scores<Traits>(shared.p, rP, key, row, lane);

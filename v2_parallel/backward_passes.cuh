@@ -7,19 +7,6 @@ namespace flash::v2 {
 
 inline constexpr int kPassThreads = 256;
 
-// One query block of one head; `blocks` per sequence.
-template <class Traits>
-struct RowBlock {
-  int row, head, batch;
-
-  __device__ __forceinline__ RowBlock(const BackwardParams& p, int blocks) {
-    const int64_t index = blockIdx.x;
-    row = int(index % blocks) * Traits::kBlockQ;
-    head = int(index / blocks % p.heads_q);
-    batch = int(index / blocks / p.heads_q);
-  }
-};
-
 // Eight 16-bit elements from global memory.
 template <class Element>
 __device__ __forceinline__ uint4 load_chunk(const Element* source, bool aligned) {
@@ -39,7 +26,7 @@ __global__ void __launch_bounds__(kPassThreads)
   using Element = typename Traits::Element;
   constexpr int kChunks = Traits::kHeadDim / 8;
   constexpr int kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;  // that share a row
-  const RowBlock<Traits> block(p, blocks);
+  const RowBlock<Traits::kBlockQ> block(p, blocks);
   const Sequence sequence(p, block.batch);
   if (block.row >= sequence.seqlen_q) return;
   const int64_t padded = BackwardWorkspace<Traits>::first_row(p, block.batch, sequence.row_q);
@@ -96,7 +83,7 @@ __global__ void __launch_bounds__(kPassThreads)
                   int blocks) {
   using Element = typename Traits::Element;
   constexpr int kChunks = Traits::kHeadDim / 8;
-  const RowBlock<Traits> block(p, blocks);
+  const RowBlock<Traits::kBlockQ> block(p, blocks);
   const Sequence sequence(p, block.batch);
   if (block.row >= sequence.seqlen_q) return;
   const int64_t padded = BackwardWorkspace<Traits>::first_row(p, block.batch, sequence.row_q);

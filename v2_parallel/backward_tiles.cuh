@@ -1,6 +1,8 @@
 // The verbs of the backward pass: load, multiply, exponentiate, exchange and store tiles.
 #pragma once
 
+#include <math_constants.h>
+
 #include "common/mask.cuh"
 #include "common/ptx.cuh"
 #include "v2_parallel/backward_traits.cuh"
@@ -10,7 +12,41 @@ namespace flash::v2 {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 
+// One query block of one head; `blocks` per sequence.
+template <int kRows>
+struct RowBlock {
+  int row, head, batch;
+
+  __device__ __forceinline__ RowBlock(const BackwardParams& p, int blocks) {
+    const int64_t index = blockIdx.x;
+    row = int(index % blocks) * kRows;
+    head = int(index / blocks % p.heads_q);
+    batch = int(index / blocks / p.heads_q);
+  }
+};
+
+// The same value, which the compiler must take for a new one.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- load
+
+// Zeros in place of NaN and infinities; true if there was any.
+template <class Element>
+__device__ __forceinline__ bool remove_non_finite(uint32_t (&words)[4]) {
+  constexpr uint32_t kLow = kExponentBits<Element>, kHigh = kLow << 16;
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (!any_non_finite<Element>(words[i])) continue;
+    found = true;
+    if ((words[i] & kLow) == kLow) words[i] &= 0xffff0000u;
+    if ((words[i] & kHigh) == kHigh) words[i] &= 0x0000ffffu;
+  }
+  return found;
+}
 
 template <class Element>
 __device__ __forceinline__ bool rows_aligned(const Element* data, int64_t stride) {
@@ -37,6 +73,26 @@ __device__ __forceinline__ void load_block(typename Traits::Element* target, con
       copy_unaligned(base + offset, from, in_range);
     }
   });
+}
+
+// Removes NaN and infinities from a block of keys, which dQ = dS K would spread to rows that do
+// not see them; poison[key] makes the rows that do see them NaN. True if there was any.
+template <class Traits, int kRows>
+__device__ __forceinline__ bool scrub_keys(typename Traits::Element* keys, float* poison) {
+  using Map = CopyMap<Traits::kHeadDim, Traits::kThreads>;
+  const uint32_t base = shared_address(keys);
+  for (int r = threadIdx.x; r < kRows; r += Traits::kThreads) poison[r] = 0.0f;
+  __syncthreads();  // the block has arrived, poison is clear
+  bool found = false;
+  Map::template for_each<kRows>([&](int r, int, int offset) {
+    uint32_t words[4];
+    load_shared_16(words, base + offset);
+    if (!remove_non_finite<typename Traits::Element>(words)) return;
+    store_shared_16(base + offset, words);
+    poison[r] = CUDART_NAN_F;
+    found = true;
+  });
+  return __syncthreads_or(found);  // clean keys and their poison are visible
 }
 
 // One block of a row statistic; the workspace is padded, so no row is out of range.
@@ -162,17 +218,35 @@ __device__ __forceinline__ void gemm_dq(float (&rdQ)[Traits::kDqRows / 16][Trait
 
 // --- scores
 
+// Where an accumulator element lies in the block of scores. Accumulator rows are keys in the main
+// kernel (S^T) and query rows in the deterministic dQ kernel (S).
+struct KeysByRows {
+  static __device__ __forceinline__ int key(int m, int n, int e, int lane) {
+    return m * 16 + lane / 4 + e / 2 * 8;
+  }
+  static __device__ __forceinline__ int row(int m, int n, int e, int lane) {
+    return n * 8 + lane % 4 * 2 + e % 2;
+  }
+};
+struct RowsByKeys {
+  static __device__ __forceinline__ int key(int m, int n, int e, int lane) {
+    return KeysByRows::row(m, n, e, lane);
+  }
+  static __device__ __forceinline__ int row(int m, int n, int e, int lane) {
+    return KeysByRows::key(m, n, e, lane);
+  }
+};
+
 // Every accumulator starts at the negative of its row's statistic.
-template <int kTiles>
+template <class Place, int kTiles>
 __device__ __forceinline__ void start_negative(float (&acc)[2][kTiles][4], const float* stats,
                                                int lane) {
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const float2 x = *reinterpret_cast<const float2*>(stats + n * 8 + (lane & 3) * 2);
+  for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      acc[m][n][0] = acc[m][n][2] = -x.x;
-      acc[m][n][1] = acc[m][n][3] = -x.y;
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] = -stats[Place::row(m, n, e, lane)];
     }
   }
 }
@@ -182,61 +256,74 @@ __device__ __forceinline__ float fast_tanh(float x) {
   return 1.0f - 2.0f / (fast_exp2(x * (2.0f * kLog2e)) + 1.0f);
 }
 
-// P^T = exp2(S^T * scale - LSE), rounded into rP, 0 where the row must not see the key; rS keeps
-// the factor of dP in fp32: P, or with softcap P times the derivative of the cap.
-template <class Traits, bool kMasked>
+// P = exp2(S * scale - LSE), rounded into rP, 0 where the row must not see the key; rS keeps the
+// factor of dP in fp32: P, or with softcap P times the derivative of the cap. `lse` and `poison`
+// point to the block's first row and key.
+template <class Traits, class Place, bool kMasked>
 __device__ __forceinline__ void exponentiate(uint32_t (&rP)[2][Traits::kWarpQ / 16][4],
                                              float (&rS)[2][Traits::kWarpQ / 8][4],
                                              const BackwardParams& p, const Sequence& sequence,
-                                             const float* lse, int key, int row, int lane) {
+                                             const float* lse, const float* poison, int row,
+                                             int key, int lane) {
+  using Element = typename Traits::Element;
   const bool capped = Traits::kFeatured && p.softcap != 0.0f;
   const float scale = capped ? p.scale / p.softcap : p.scale * kLog2e;
 #pragma unroll
   for (int n = 0; n < Traits::kWarpQ / 8; ++n) {
-    const float2 x = *reinterpret_cast<const float2*>(lse + n * 8 + (lane & 3) * 2);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       float probability[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
+        const int r = Place::row(m, n, e, lane), c = Place::key(m, n, e, lane);
         float s = rS[m][n][e] * scale, derivative = 1.0f;
         if (capped) {
           const float t = fast_tanh(s);
           s = t * (p.softcap * kLog2e);
           derivative = 1.0f - t * t;
         }
-        probability[e] = fast_exp2(s - (e % 2 ? x.y : x.x));
+        probability[e] = fast_exp2(s - lse[r]);
         if constexpr (kMasked) {
-          const int c = key + m * 16 + lane / 4 + (e / 2) * 8;
-          const int r = row + n * 8 + (lane & 3) * 2 + e % 2;
-          if (!sequence.visible(r, c)) probability[e] = 0.0f;
+          probability[e] = sequence.visible(row + r, key + c) ? probability[e] + poison[c] : 0.0f;
         }
         rS[m][n][e] = probability[e] * derivative;
       }
-      using Element = typename Traits::Element;
       rP[m][n / 2][n % 2 * 2] = pack<Element>(probability[0], probability[1]);
       rP[m][n / 2][n % 2 * 2 + 1] = pack<Element>(probability[2], probability[3]);
     }
   }
 }
 
-// dS^T = P^T * (dP^T - delta), rounded; where P is exactly 0, so is dS, even against NaN.
-template <class Traits, bool kMasked>
-__device__ __forceinline__ void multiply_ds(uint32_t (&rdS)[2][Traits::kWarpQ / 16][4],
-                                            const float (&rdP)[2][Traits::kWarpQ / 8][4],
-                                            const float (&rS)[2][Traits::kWarpQ / 8][4]) {
+// dP does not matter where P is exactly 0: not even if it is NaN.
+template <int kTiles>
+__device__ __forceinline__ void mask_dp(float (&rdP)[2][kTiles][4],
+                                        const float (&rS)[2][kTiles][4]) {
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int n = 0; n < Traits::kWarpQ / 8; ++n) {
-      float ds[4];
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        ds[e] = kMasked && rS[m][n][e] == 0.0f ? 0.0f : rdP[m][n][e] * rS[m][n][e];
+        if (rS[m][n][e] == 0.0f) rdP[m][n][e] = 0.0f;
       }
-      using Element = typename Traits::Element;
-      rdS[m][n / 2][n % 2 * 2] = pack<Element>(ds[0], ds[1]);
-      rdS[m][n / 2][n % 2 * 2 + 1] = pack<Element>(ds[2], ds[3]);
+    }
+  }
+}
+
+// dS = P * (dP - delta), rounded.
+template <class Element, int kTiles>
+__device__ __forceinline__ void multiply_ds(uint32_t (&rdS)[2][kTiles / 2][4],
+                                            const float (&rdP)[2][kTiles][4],
+                                            const float (&rS)[2][kTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        rdS[m][n / 2][n % 2 * 2 + h] = pack<Element>(rdP[m][n][2 * h] * rS[m][n][2 * h],
+                                                     rdP[m][n][2 * h + 1] * rS[m][n][2 * h + 1]);
+      }
     }
   }
 }

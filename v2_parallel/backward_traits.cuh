@@ -35,6 +35,7 @@ struct BackwardTraits {
   static constexpr int kDqWarpsQ = kHeadDim == 96 ? 4 : 2;
   static constexpr int kDqRows = kBlockQ / kDqWarpsQ;
   static constexpr int kDqDim = kHeadDim / (kWarps / kDqWarpsQ);
+  static_assert(kStages * kBlockQ >= kBlockKV, "dQ's kernel keeps the statistics of kBlockKV rows");
   static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 && kDqDim % 16 == 0);
 
   using Rows = SwizzledRows<kHeadDim>;   // Q, dO, K, V
@@ -47,8 +48,9 @@ struct BackwardTraits {
     Element dout[kStages][kBlockQ * kHeadDim];
     Element ds[2][kBlockKV * kBlockQ];
     Element p[kSplit == 1 ? 8 : kBlockKV * kBlockQ];
-    float lse[kStages][kBlockQ];
+    float lse[kStages][kBlockQ];  // at least kBlockKV in all
     float delta[kStages][kBlockQ];
+    float poison[kBlockKV];  // NaN for a key that was not finite, else 0
   };
 };
 

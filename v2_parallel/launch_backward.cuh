@@ -6,6 +6,7 @@
 #include "common/backend.h"
 #include "common/launch.cuh"
 #include "v2_parallel/backward.cuh"
+#include "v2_parallel/backward_dq.cuh"
 #include "v2_parallel/backward_passes.cuh"
 
 namespace flash::v2 {
@@ -48,7 +49,12 @@ cudaError_t launch_backward_as(const BackwardParams& p) {
     status = launch(backward_kernel<Traits>, dim3(unsigned(plan.grid)), Traits::kThreads,
                     plan.shared_bytes, p.stream, p, workspace, key_blocks, group);
   }
-  if (status == cudaSuccess && row_grid > 0) {
+  if (status == cudaSuccess && row_grid > 0 && p.deterministic) {
+    const int dq_blocks = int(blocks_of(p.seqlen_q, Traits::kBlockKV));
+    const int64_t dq_grid = int64_t(dq_blocks) * p.heads_q * p.batch;
+    status = launch(dq_kernel<Traits>, dim3(unsigned(dq_grid)), Traits::kThreads,
+                    plan.shared_bytes, p.stream, p, workspace, dq_blocks);
+  } else if (status == cudaSuccess && row_grid > 0) {
     status = launch(finish_kernel<Traits>, dim3(unsigned(row_grid)), kPassThreads, 0, p.stream, p,
                     workspace, row_blocks);
   }
