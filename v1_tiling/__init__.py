@@ -14,7 +14,6 @@ CAPABILITY = Capability(
     features=("causal", "window", "softcap", "gqa", "varlen", "lse", "lse gradient",
               "deterministic", "strides", "head_dim_v"),
     tiles={
-        (way, d, d): Tile(64, 64, 1, 128) for way in ("forward", "backward") for d, _ in _DIMS
+        (way, d, d): Tile(256, 64, 2, 256) for way in ("forward", "backward") for d, _ in _DIMS
     },
-    alignment=16,
 )  # fmt: skip

@@ -11,8 +11,15 @@ CAPABILITY = Capability(
     features=("causal", "window", "softcap", "gqa", "varlen", "lse", "lse gradient",
               "deterministic", "strides", "head_dim_v"),
     tiles={
-        (way, d, d): Tile(128 if d < 256 else 64, 64, 2, 128)
-        for way in ("forward", "backward") for d, _ in _DIMS
+        ("forward", 64, 64): Tile(128, 64, 2, 128),
+        ("forward", 96, 96): Tile(128, 64, 2, 128),
+        ("forward", 128, 128): Tile(128, 64, 2, 128),
+        ("forward", 192, 192): Tile(64, 48, 2, 128),
+        ("forward", 256, 256): Tile(64, 32, 2, 128),
+        ("backward", 64, 64): Tile(64, 128, 2, 128),
+        ("backward", 96, 96): Tile(64, 128, 2, 256),
+        ("backward", 128, 128): Tile(64, 128, 2, 256),
+        ("backward", 192, 192): Tile(64, 64, 2, 256),
+        ("backward", 256, 256): Tile(64, 64, 2, 256),
     },
-    alignment=16,
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from flash.capability import Capability, Row, Tile
 
-_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
+_DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 _FP8_DIMS = ((64, 64), (128, 128), (256, 256))
 
 CAPABILITY = Capability(
@@ -15,8 +15,13 @@ CAPABILITY = Capability(
     features=("causal", "window", "softcap", "gqa", "varlen", "fp8", "varlen fp8", "lse",
               "lse gradient", "deterministic", "strides", "head_dim_v"),
     tiles={
-        (way, d, dv): Tile(128, 128 if d <= 128 else 64, 2, 384)
-        for way in ("forward", "backward") for d, dv in _DIMS
+        ("forward", 64, 64): Tile(192, 128, 4, 512),
+        ("forward", 128, 128): Tile(128, 128, 2, 384),
+        ("forward", 192, 128): Tile(128, 128, 2, 384),
+        ("forward", 192, 192): Tile(128, 112, 2, 384),
+        ("forward", 256, 256): Tile(128, 80, 2, 384),
+        ("backward", 64, 64): Tile(64, 128, 2, 384),
+        ("backward", 128, 128): Tile(64, 128, 2, 384),
     },
     alignment=16,
     exact_head_dims=("float8_e4m3fn",),

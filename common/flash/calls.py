@@ -69,7 +69,9 @@ def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def under_autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     """float32 and 16-bit inputs in autocast's dtype, as PyTorch's own attention takes them."""
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    if not isinstance(q, Tensor) or q.device.type == "meta":
+        return q, k, v
+    if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     kinds = (torch.float32, torch.float16, torch.bfloat16)
