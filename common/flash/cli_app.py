@@ -1,0 +1,200 @@
+"""flash doctor, explain, demo and verify: tables for people, `--json` for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from flash import cli_tables as tables
+from flash.errors import FlashError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Three generations of exact attention behind one call.",
+)
+USAGE_ERROR = 2
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+
+
+class Dtype(str, Enum):
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+    e4m3 = "e4m3"
+
+    @property
+    def torch(self) -> torch.dtype:
+        names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "e4m3": "float8_e4m3fn"}
+        found: torch.dtype = getattr(torch, names[self.value])
+        return found
+
+
+def say(content: Any) -> None:
+    """Tables as wide as the terminal, or as wide as they need when nobody looks."""
+    Console(width=None if sys.stdout.isatty() else 160).print(content)
+
+
+def say_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, default=str))
+
+
+def progress() -> Console:
+    """Where progress goes: standard error, so that standard output stays clean."""
+    return Console(stderr=True)
+
+
+def fail(error: Exception | str) -> typer.Exit:
+    progress().print(f"flash: {error}", style="red", highlight=False, markup=False)
+    return typer.Exit(USAGE_ERROR)
+
+
+def chosen_device(asked: str) -> str:
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked not in ("cpu", "cuda"):
+        raise fail(f"--device must be auto, cpu or cuda, got {asked!r}")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise fail("--device cuda: torch sees no CUDA device here; see flash doctor")
+    return asked
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What runs on this machine, and what stands in the way. Exit code 1: a problem to mend."""
+    from flash import doctor as examination
+
+    if as_json:
+        facts = examination.facts()
+        say_json(facts)
+        raise typer.Exit(0 if facts["ok"] else 1)
+    findings = examination.examine()
+    say(tables.doctor(findings))
+    raise typer.Exit(0 if examination.healthy(findings) else 1)
+
+
+@app.command()
+def demo(
+    seqlen: Annotated[int, typer.Option(min=1, help="rows of Q and of K/V")] = 1024,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    heads: Annotated[int, typer.Option(min=1)] = 2,
+    head_dim: Annotated[int, typer.Option(min=8, max=256)] = 64,
+    dtype: Dtype = Dtype.fp16,
+    causal: Annotated[bool, typer.Option(help="bottom-right causal mask")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The three generations on the same inputs, held against exact attention."""
+    from flash import demo as demonstration
+
+    if dtype is Dtype.e4m3:
+        raise fail("the demonstration draws 16- or 32-bit inputs; flash.quantize_fp8 makes FP8")
+    where = chosen_device(device)
+    setting = demonstration.Setting(
+        batch, seqlen, heads, head_dim, dtype.torch, causal, where, seed
+    )
+    with progress().status("drawing inputs") as status:
+        lines = list(demonstration.lines(setting, lambda text: status.update(text)))
+    exact = demonstration.exact_flops(setting)
+    if as_json:
+        say_json({"setting": setting.describe(), "exact_flops": exact,
+                  "lines": [line.as_dict() for line in lines]})  # fmt: skip
+        return
+    say(tables.demo(setting, lines, exact))
+    say(tables.pictures(setting))
+
+
+@app.command()
+def verify(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Dtype = Dtype.bf16,
+    seconds: Annotated[float, typer.Option(min=1, help="stop after this long")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Self-test of this GPU or CPU in a minute. Exit code 1: a result was wrong."""
+    from rich.progress import Progress
+
+    from flash import verify as selftest
+
+    if dtype is Dtype.e4m3:
+        raise fail("the self-test compares with PyTorch, which has no FP8 attention")
+    where = chosen_device(device)
+    outcomes, planned = [], len(selftest.checks(where, dtype.torch))
+    left_out = selftest.available(where, dtype.torch)[1]
+    with Progress(console=progress(), transient=True) as bar:
+        task = bar.add_task("checking", total=planned)
+        for number, _, outcome in selftest.run(where, dtype.torch, seconds):
+            bar.update(task, completed=number, description=f"{outcome.backend} {outcome.check}")
+            outcomes.append(outcome)
+    good = bool(outcomes) and all(outcome.passed for outcome in outcomes)
+    if as_json:
+        say_json({"device": where, "dtype": dtype.value, "ok": good, "planned": planned,
+                  "left_out": left_out, "outcomes": [o.as_dict() for o in outcomes]})  # fmt: skip
+    else:
+        say(tables.verify(where, dtype.value, outcomes, planned, left_out))
+    raise typer.Exit(0 if good else 1)
+
+
+def numbers(name: str, text: str, count: int) -> list[int | None]:
+    """ "4,1024,16,64" -> [4, 1024, 16, 64]; "none" or "-" stands for no limit."""
+    parts = [part.strip().lower() for part in text.split(",")]
+    try:
+        found = [None if part in ("none", "-") else int(part) for part in parts]
+    except ValueError:
+        raise fail(f"{name} takes {count} whole numbers, got {text!r}") from None
+    if len(found) != count:
+        raise fail(f"{name} takes {count} numbers separated by commas, got {text!r}")
+    return found
+
+
+@app.command()
+def explain(
+    q: Annotated[str, typer.Option(help="batch,seqlen,heads,head_dim")] = "4,4096,32,128",
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="heads of K and V")] = None,
+    seqlen_k: Annotated[int | None, typer.Option(min=0, help="rows of K and V")] = None,
+    head_dim_v: Annotated[int | None, typer.Option(min=1)] = None,
+    dtype: Dtype = Dtype.bf16,
+    causal: bool = False,
+    top_left: Annotated[bool, typer.Option(help="causal from the first row and key")] = False,
+    window: Annotated[str | None, typer.Option(help="left,right; none: no limit")] = None,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    backend: Annotated[str, typer.Option(help="auto, v1, v2, v3, torch or reference")] = "auto",
+    arch: Annotated[str | None, typer.Option(help="sm_80, 9.0, cpu, ...; no GPU needed")] = None,
+    picture: Annotated[bool, typer.Option(help="the mask by tiles")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Which generation runs, why the others do not, and what it costs. Needs no GPU."""
+    import flash
+
+    batch, seqlen, heads, dim = numbers("--q", q, 4)
+    rows = seqlen if seqlen_k is None else seqlen_k
+    shapes = [(batch, seqlen, heads, dim), *((batch, rows, kv_heads or heads, d)
+              for d in (dim, head_dim_v or dim))]  # fmt: skip
+    inputs = [torch.empty(shape, dtype=dtype.torch, device="meta") for shape in shapes]
+    options: dict[str, Any] = {
+        "causal": "top-left" if top_left else causal,
+        "window": None if window is None else tuple(numbers("--window", window, 2)),
+        "softcap": softcap,
+        "deterministic": deterministic,
+        "backend": backend,
+    }
+    try:
+        found = flash.explain(*inputs, **options, arch=arch)
+    except FlashError as error:
+        raise fail(error) from error
+    if as_json:
+        say_json(found.as_dict())
+        return
+    print(found)
+    if picture:
+        print(tables.mask_picture(inputs, options))
