@@ -16,10 +16,11 @@ template <class Traits>
 __device__ __forceinline__ void produce(const Arguments& args, typename Traits::Shared& shared) {
   Schedule<Traits> schedule(args);
   Loader<Traits> load{args, shared};
+  load.publish(schedule.next());
   for (;;) {
-    const Work work = schedule.next();
-    load.publish(work);
+    const Work& work = load.published();
     if (work.head < 0) return;
+    load.publish(schedule.next());  // one tile ahead: consumers never wait for the schedule
     const Range blocks = key_blocks<Traits>(work);
     if (blocks.begin == blocks.end) continue;
     load.load_k(work, blocks.end - 1);
@@ -44,6 +45,7 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
     if (work.head < 0) return;
     const Range blocks = key_blocks<Traits>(work);
     const int group_row = work.row + consumer * kGroupRows;
+    const Range clear = clear_blocks<Traits>(work.sequence, group_row);
     const int row = group_row + threadIdx.x % kGroupThreads / kWarp * 16 + threadIdx.x % kWarp / 4;
 
     float rO[Traits::kHeadDimV / 2];    // (64, dv)
@@ -55,9 +57,8 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
 
     auto mask_boundary = [&](int j) {
       feature<Traits>(rS, scale);
-      const int key = j * Traits::kBlockKV;
-      if (!work.sequence.all_visible(group_row, kGroupRows, key, Traits::kBlockKV)) {
-        mask<Traits>(rS, work.sequence, row, key);
+      if (j < clear.begin || j >= clear.end) {
+        mask<Traits>(rS, work.sequence, row, j * Traits::kBlockKV);
       }
     };
 
@@ -70,25 +71,28 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
       mask_boundary(blocks.end - 1);
       update<Traits, true>(rS, state, correction, scale);
       pack<Traits>(rP, rS);
+      const auto* sV = pipe.wait_v();
       for (int j = blocks.end - 2; j >= blocks.begin; --j) {
         const auto* sK = pipe.wait_k();
         pipe.take_turn();
         gemm_qk<Traits>(rS, sQ, sK);  // S(j) and O += P(j+1) V(j+1) run ...
-        gemm_pv<Traits>(rO, rP, pipe.wait_v());
+        gemm_pv<Traits>(rO, rP, sV);
         pipe.give_turn();
         wgmma_wait<1>();  // S(j) is there
         pin(rS);
         pipe.release_k();
         mask_boundary(j);
         const bool risen = update<Traits, false>(rS, state, correction, scale);  // ... under this
-        wgmma_wait<0>();  // O is there, P and V are free
+        pin(rS);
+        sV = pipe.wait_v();
+        wgmma_wait<0>();  // O is there, P and V(j+1) are free
         pin(rO);
         pipe.release_v();
         pack<Traits>(rP, rS);
         if (risen) rescale<Traits>(rO, correction);
       }
       pipe.release_q();
-      gemm_pv<Traits>(rO, rP, pipe.wait_v());
+      gemm_pv<Traits>(rO, rP, sV);
       wgmma_wait<0>();
       pin(rO);
       pipe.release_v();

@@ -7,41 +7,54 @@
 
 namespace flash::v3 {
 
-// Exponent bits of two packed 16-bit elements all ones: NaN or Inf.
+// NaN if either of two packed elements is NaN or Inf, else 0: x * 0.
 template <class Element>
-__device__ __forceinline__ bool low_not_finite(uint32_t pair) {
-  constexpr uint32_t kExponent = kDType<Element> == DType::kBFloat16 ? 0x7f80u : 0x7c00u;
-  return (pair & kExponent) == kExponent;
+__device__ __forceinline__ uint32_t fold_not_finite(uint32_t pair, uint32_t folded) {
+  uint32_t result;
+  if constexpr (kDType<Element> == DType::kBFloat16) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(0u), "r"(folded));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(0u), "r"(folded));
+  }
+  return result;
 }
 template <class Element>
 __device__ __forceinline__ uint32_t keep_finite(uint32_t pair) {
-  return (low_not_finite<Element>(pair) ? 0u : pair & 0xffffu) |
-         (low_not_finite<Element>(pair >> 16) ? 0u : pair & 0xffff0000u);
+  const uint32_t folded = fold_not_finite<Element>(pair, 0u) & 0x7fff7fffu;
+  return pair & ((folded & 0xffffu ? 0u : 0xffffu) | (folded >> 16 ? 0u : 0xffff0000u));
 }
 
 // One guard warp looks through its share of a V tile: rows behind the last key become zero, NaN and
 // Inf too. Returns whether any was found.
 template <class Traits>
 __device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, int guard) {
-  constexpr int kVectors = Traits::kBytesV / 16;
-  bool found = false;
-  for (int i = guard * kWarp + threadIdx.x % kWarp; i < kVectors; i += kGuardWarps * kWarp) {
-    uint4& vector = reinterpret_cast<uint4*>(tile)[i];
-    const uint4 given = vector;
-    const int row = i / (kChunkBytes / 16) % Traits::kBlockKV;
-    using E = typename Traits::Element;
-    const uint4 kept = {keep_finite<E>(given.x), keep_finite<E>(given.y), keep_finite<E>(given.z),
-                        keep_finite<E>(given.w)};
-    const bool changed =
-        kept.x != given.x || kept.y != given.y || kept.z != given.z || kept.w != given.w;
-    if (row >= keys) {
-      vector = {0, 0, 0, 0};
-    } else if (changed) {
-      vector = kept;
-      found = true;
+  using Element = typename Traits::Element;
+  constexpr int kRowVectors = kChunkBytes / 16, kBatch = 8;
+  constexpr int kVectors = Traits::kBytesV / 16, kStep = kGuardWarps * kWarp;
+  auto* vectors = reinterpret_cast<uint4*>(tile);
+  uint32_t folded = 0;
+  const int first = guard * kWarp + threadIdx.x % kWarp;
+  for (int batch = first; batch < kVectors; batch += kBatch * kStep) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int at = batch + i * kStep;
+      if (at >= kVectors || at / kRowVectors % Traits::kBlockKV >= keys) continue;
+      const uint4 x = vectors[at];
+      folded = fold_not_finite<Element>(x.x, fold_not_finite<Element>(x.y, folded));
+      folded = fold_not_finite<Element>(x.z, fold_not_finite<Element>(x.w, folded));
     }
   }
-  return __any_sync(~0u, found);
+  const bool found = __any_sync(~0u, (folded & 0x7fff7fffu) != 0);
+  if (!found && keys >= Traits::kBlockKV) return false;
+  for (int at = first; at < kVectors; at += kStep) {
+    const bool behind = at / kRowVectors % Traits::kBlockKV >= keys;
+    const uint4 x = vectors[at];
+    using E = Element;
+    vectors[at] = behind ? uint4{0, 0, 0, 0}
+                         : uint4{keep_finite<E>(x.x), keep_finite<E>(x.y), keep_finite<E>(x.z),
+                                 keep_finite<E>(x.w)};
+  }
+  return found;
 }
 
 // The life of a guard: of every block that needs one, wait until it has landed, clean, hand over.

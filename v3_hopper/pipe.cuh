@@ -35,7 +35,7 @@ struct Pipes {
   const int consumer;
   Ring<Traits::kWorkSlots> work;
   Ring<Traits::kStagesQ> q;
-  Ring<Traits::kStages> k, v;
+  Ring<Traits::kStages> k, v, used_v;
 
   __device__ __forceinline__ const Work& wait_work() {
     shared.work_full[work.slot].wait(work.parity);
@@ -67,11 +67,13 @@ struct Pipes {
 
   __device__ __forceinline__ const unsigned char* wait_v() {
     shared.v_full[v.slot].wait(v.parity);
-    return shared.v[v.slot];
+    const unsigned char* tile = shared.v[v.slot];
+    v.advance();
+    return tile;
   }
   __device__ __forceinline__ void release_v() {
-    if (leader()) shared.v_empty[v.slot].arrive();
-    v.advance();
+    if (leader()) shared.v_empty[used_v.slot].arrive();
+    used_v.advance();
   }
 
   // Consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of

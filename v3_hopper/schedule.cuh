@@ -15,6 +15,15 @@ __device__ __forceinline__ Range key_blocks(const Work& work) {
   return {keys.begin / Traits::kBlockKV, ceil_div(keys.end, Traits::kBlockKV)};
 }
 
+// Of these, the blocks [begin, end) all of whose keys all rows [row, row + kGroupRows) see: no
+// mask.
+template <class Traits>
+__device__ __forceinline__ Range clear_blocks(const Sequence& sequence, int row) {
+  const int first_key = max(row + kGroupRows - 1 + sequence.first, 0);
+  const int end_key = max(min(row + sequence.last + 1, sequence.seqlen_k), 0);
+  return {ceil_div(first_key, Traits::kBlockKV), end_key / Traits::kBlockKV};
+}
+
 // May this block of V hold rows that must not reach every query row of the tile? Then a guard looks
 // for NaN and Inf in it. Dense rows behind the last key need none: TMA fills them with zeros.
 template <class Traits>
