@@ -45,7 +45,7 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
     if (work.head < 0) return;
     const Range blocks = key_blocks<Traits>(work);
     const int group_row = work.row + consumer * kGroupRows;
-    const Range clear = clear_blocks<Traits>(work.sequence, group_row);
+    const Range unmasked = unmasked_blocks<Traits>(work.sequence, group_row);
     const int row = group_row + threadIdx.x % kGroupThreads / kWarp * 16 + threadIdx.x % kWarp / 4;
 
     float rO[Traits::kHeadDimV / 2];    // (64, dv)
@@ -57,7 +57,7 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
 
     auto mask_boundary = [&](int j) {
       feature<Traits>(rS, scale);
-      if (j < clear.begin || j >= clear.end) {
+      if (j < unmasked.begin || j >= unmasked.end) {
         mask<Traits>(rS, work.sequence, row, j * Traits::kBlockKV);
       }
     };

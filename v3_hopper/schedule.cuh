@@ -18,7 +18,7 @@ __device__ __forceinline__ Range key_blocks(const Work& work) {
 // Of these, the blocks [begin, end) all of whose keys all rows [row, row + kGroupRows) see: no
 // mask.
 template <class Traits>
-__device__ __forceinline__ Range clear_blocks(const Sequence& sequence, int row) {
+__device__ __forceinline__ Range unmasked_blocks(const Sequence& sequence, int row) {
   const int first_key = max(row + kGroupRows - 1 + sequence.first, 0);
   const int end_key = max(min(row + sequence.last + 1, sequence.seqlen_k), 0);
   return {ceil_div(first_key, Traits::kBlockKV), end_key / Traits::kBlockKV};
