@@ -1,2 +1,124 @@
-// The backward pass is launched from here.
+// The backward pass on the host: tensor maps, scratch memory, and the launch of three kernels.
 #pragma once
+
+#include "common/backend.h"
+#include "common/launch.cuh"
+#include "v3_hopper/backward.cuh"
+#include "v3_hopper/rows_backward.cuh"
+
+namespace flash::v3 {
+
+// Bytes of scratch memory in the order of its parts, each 256-byte aligned.
+struct ScratchLayout {
+  int64_t blocks, dq, stats, turns;
+
+  ScratchLayout(const Problem& p, int dim, bool varlen) {
+    const int64_t uniform = p.batch * blocks_of(p.seqlen_q);
+    const int64_t packed = p.total_q / kGradientRows + p.batch;
+    blocks = varlen ? packed : uniform;
+    dq = p.heads_q * blocks * kGradientRows * dim * int64_t(sizeof(float));
+    stats = p.heads_q * blocks * kGradientRows * int64_t(sizeof(float));
+    turns = (p.heads_q * blocks * 2 * int64_t(sizeof(int)) + 255) / 256 * 256;
+  }
+  int64_t bytes() const { return dq + 2 * stats + turns; }
+};
+
+// Heads whose key tiles run side by side: one when every tile is as long as the next, else as
+// many as leave Q, dO and the fp32 dQ of all of them in L2.
+inline int heads_at_once(const Problem& p) {
+  const int64_t heads = int64_t(p.batch) * p.heads_kv;
+  if (p.window_left == kUnlimited && p.window_right == kUnlimited) return 1;
+  const int64_t bytes_per_head =
+      int64_t(p.heads_q / p.heads_kv) * p.seqlen_q * p.head_dim * int64_t(2 + 2 + 4) + 1;
+  constexpr int64_t kL2Share = 32 << 20;
+  const int64_t fit = kL2Share / bytes_per_head;
+  return int(fit < 1 ? 1 : fit < heads ? fit : heads);
+}
+
+template <class Traits>
+Scratch make_scratch(const BackwardParams& p) {
+  const ScratchLayout layout(p, Traits::kPaddedDim, p.cu_seqlens_q != nullptr);
+  auto* base = static_cast<char*>(p.workspace);
+  Scratch scratch;
+  scratch.dq = reinterpret_cast<float*>(base);
+  scratch.lse = reinterpret_cast<float*>(base + layout.dq);
+  scratch.delta = reinterpret_cast<float*>(base + layout.dq + layout.stats);
+  scratch.turn = reinterpret_cast<int*>(base + layout.dq + 2 * layout.stats);
+  scratch.blocks = layout.blocks;
+  scratch.tiles_per_head = (p.seqlen_k + Traits::kBlockKV - 1) / Traits::kBlockKV;
+  scratch.heads_at_once = heads_at_once(p);
+  return scratch;
+}
+
+template <class Element>
+cudaError_t make_backward_maps(BackwardMaps& maps, const BackwardParams& p, int rows_q,
+                               int rows_kv) {
+  const bool varlen_q = p.cu_seqlens_q != nullptr;
+  const bool varlen_k = p.cu_seqlens_k != nullptr;
+  auto shape = [&](int64_t dim, bool is_q) {
+    const bool varlen = is_q ? varlen_q : varlen_k;
+    const int64_t rows =
+        is_q ? (varlen ? p.total_q : p.seqlen_q) : (varlen ? p.total_k : p.seqlen_k);
+    return MapShape{kMapType<Element>,
+                    int(sizeof(Element)),
+                    dim,
+                    rows,
+                    is_q ? p.heads_q : p.heads_kv,
+                    varlen ? 1 : p.batch,
+                    kChunkColumns,
+                    is_q ? rows_q : rows_kv};
+  };
+  cudaError_t status = make_map(maps.q, p.q, shape(p.head_dim, true));
+  if (status == cudaSuccess) status = make_map(maps.k, p.k, shape(p.head_dim, false));
+  if (status == cudaSuccess) status = make_map(maps.v, p.v, shape(p.head_dim_v, false));
+  if (status == cudaSuccess) status = make_map(maps.dout, p.dout, shape(p.head_dim_v, true));
+  return status;
+}
+
+template <class Traits>
+cudaError_t launch_streaming_rows(const BackwardParams& p) {
+  using Element = typename Traits::Element;
+  BackwardMaps maps;
+  cudaError_t status = make_backward_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockKV);
+  if (status != cudaSuccess) return status;
+  const Scratch scratch = make_scratch<Traits>(p);
+  const dim3 rows(blocks_of(p.seqlen_q), p.heads_q, p.batch);
+  const dim3 tiles(scratch.tiles_per_head * p.heads_kv * p.batch);
+  constexpr int kDim = Traits::kPaddedDim;
+  if (rows.x > 0) {
+    status = launch(prepare_rows<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
+  }
+  if (status == cudaSuccess && tiles.x > 0) {
+    status = launch(backward<Traits>, tiles, Traits::kThreads, Traits::kSharedBytes, p.stream, p,
+                    maps, scratch);
+  }
+  if (status == cudaSuccess && rows.x > 0) {
+    status = launch(round_dq<Element, kDim>, rows, kRowThreads, 0, p.stream, p, scratch);
+  }
+  return status;
+}
+
+template <class Instance>
+cudaError_t launch_backward(const BackwardParams& p) {
+  if (p.softcap > 0.0f) return launch_streaming_rows<BackwardTraits<Instance, true>>(p);
+  return launch_streaming_rows<BackwardTraits<Instance, false>>(p);
+}
+
+template <class Instance>
+Plan plan_backward(const Problem& p) {
+  using Traits = BackwardTraits<Instance, false>;
+  const int64_t dense = ScratchLayout(p, Traits::kPaddedDim, false).bytes();
+  const int64_t varlen = ScratchLayout(p, Traits::kPaddedDim, true).bytes();
+  Plan plan;
+  plan.block_q = Traits::kBlockQ;
+  plan.block_kv = Traits::kBlockKV;
+  plan.stages = Traits::kStages;
+  plan.threads = Traits::kThreads;
+  plan.grid =
+      int64_t((p.seqlen_k + Traits::kBlockKV - 1) / Traits::kBlockKV) * p.heads_kv * p.batch;
+  plan.shared_bytes = Traits::kSharedBytes;
+  plan.workspace_bytes = dense > varlen ? dense : varlen;
+  return plan;
+}
+
+}  // namespace flash::v3

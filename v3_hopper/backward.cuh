@@ -1,0 +1,238 @@
+// The backward pass: a CTA keeps its keys' K, V, dK and dV, and streams every query block past
+// them.
+//
+// Scores are computed transposed (S^T = K Q^T), so P^T and dS^T go from accumulators straight into
+// the products of dV and dK; dQ leaves for L2 from registers. Products stay queued on the tensor
+// cores while a warpgroup does arithmetic:
+//   tensor cores:  dP(i) dV(i) | S(i+1) dQ(i) dK(i) | dP(i+1) dV(i+1) | ...
+//   warpgroup:          dS(i)  |    P(i+1), add dQ(i)    |     dS(i+1)
+#pragma once
+
+#include "v3_hopper/gemm_backward.cuh"
+#include "v3_hopper/load_backward.cuh"
+#include "v3_hopper/softmax_backward.cuh"
+#include "v3_hopper/store_backward.cuh"
+
+namespace flash::v3 {
+
+template <class Traits>
+__device__ __forceinline__ void init_barriers(typename Traits::Shared& shared) {
+  shared.k_full.init(1);
+  shared.v_full.init(1);
+  shared.landed.init(1);
+  for (int i = 0; i < Traits::kStages; ++i) {
+    shared.q_full[i].init(1);
+    shared.dout_full[i].init(1);
+    shared.q_free[i].init(Traits::kConsumers);
+    shared.dout_free[i].init(Traits::kConsumers);
+  }
+  fence_barrier_init();
+}
+
+// One consumer warpgroup: what it knows about its place, and the verbs of the loop.
+template <class Traits>
+struct Consumer {
+  static constexpr int kThreads = Traits::kConsumers * kWarpgroup;
+  using Element = typename Traits::Element;
+
+  typename Traits::Shared& shared;
+  const BackwardParams& p;
+  const Scratch& scratch;
+  const KeyTile& tile;
+  const Sequence& sequence;
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0) - 1;  // uniform
+  const int first_key = tile.block * Traits::kBlockKV;
+  const int64_t block0 = first_block(p, sequence, tile.batch);
+
+  // This warpgroup has read a slot of the ring for the last time.
+  __device__ __forceinline__ void release(Barrier& free) const {
+    if (threadIdx.x % kWarpgroup == 0) free.arrive();
+  }
+  __device__ __forceinline__ Position position(int row) const {
+    const int lane = threadIdx.x % 32;
+    const int key = first_key + 64 * warpgroup + threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
+    return {key, row + lane % 4 * 2};
+  }
+  __device__ __forceinline__ int column() const { return threadIdx.x % 4 * 2; }
+
+  __device__ __forceinline__ bool masked(int row) const {
+    return !sequence.all_visible(row, Traits::kBlockQ, first_key + 64 * warpgroup, 64);
+  }
+
+  // Adds a step's dQ to the sums in L2 once its product is done, in a fixed order if asked for.
+  template <int kPending>
+  __device__ __forceinline__ void add(float (&dq)[Traits::kColumnsDQ / 2], int head,
+                                      int block) const {
+    const int64_t index = head * scratch.blocks + block0 + block;
+    int* turn = scratch.turn + index * Traits::kConsumers + warpgroup;
+    float* target = scratch.dq + index * (Traits::kBlockQ * Traits::kPaddedDim) +
+                    warpgroup * (Traits::kColumnsDQ * Traits::kBlockQ) +
+                    threadIdx.x % kWarpgroup * 4;
+    if (p.deterministic) {
+      const int row = block * Traits::kBlockQ;
+      const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, row);
+      await_turn(turn, mine, kWarpgroupDone + warpgroup);
+    }
+    wgmma_wait<kPending>();  // dQ is there
+    pin(dq);
+    add_dq(target, dq);
+    if (p.deterministic) pass_turn(turn, kWarpgroupDone + warpgroup);
+  }
+
+  // Writes this warpgroup's rows of dK and dV through its rows of the K and V tiles.
+  __device__ __forceinline__ void store(const float (&dk)[Traits::kHeadDim / 2],
+                                        const float (&dv)[Traits::kHeadDim / 2]) const {
+    const int row = 64 * warpgroup;
+    const int64_t key = sequence.row_k + first_key + row;
+    const int rows = sequence.seqlen_k - first_key - row;
+    auto* gdk = static_cast<Element*>(p.dk.data) + tile.batch * p.dk.batch +
+                tile.head_kv * p.dk.head + key * p.dk.row;
+    auto* gdv = static_cast<Element*>(p.dv.data) + tile.batch * p.dv.batch +
+                tile.head_kv * p.dv.head + key * p.dv.row;
+    named_sync(kKeysRead, kThreads);  // nobody reads K any more
+    stage_gradient<Traits>(shared.v, row, dv, 1.0f);
+    stage_gradient<Traits>(shared.k, row, dk, p.scale);
+    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);  // all four warps have staged
+    store_gradient<Traits>(shared.v, row, gdv, p.dv.row, rows, p.head_dim_v);
+    store_gradient<Traits>(shared.k, row, gdk, p.dk.row, rows, p.head_dim);
+  }
+};
+
+// The registers of a consumer. Only dK's product is in flight between two steps.
+template <class Traits>
+struct Fragments {
+  float dk[Traits::kHeadDim / 2];  // (64 keys, dim)
+  float dv[Traits::kHeadDim / 2];
+  float s[Traits::kBlockQ / 2];  // (64 keys, 64 rows): S, then P
+  float dp[Traits::kBlockQ / 2];
+  float dq[Traits::kColumnsDQ / 2];   // (64 rows, this warpgroup's columns)
+  uint32_t p16[Traits::kBlockQ / 4];  // P^T as an operand
+};
+
+// S^T of a step is issued: everything before it in shared memory is ready.
+template <class Traits>
+__device__ __forceinline__ void issue_scores(const Consumer<Traits>& self, Fragments<Traits>& r,
+                                             int slot, uint32_t parity) {
+  self.shared.q_full[slot].wait(parity);
+  pin(r.s);
+  wgmma_begin();
+  gemm_scores<Traits>(r.s, self.shared.k, 64 * self.warpgroup, self.shared.q[slot], false);
+  wgmma_commit();
+}
+
+// S^T -> P^T, with the mask where the block needs one.
+template <class Traits>
+__device__ __forceinline__ void find_probabilities(const Consumer<Traits>& self,
+                                                   Fragments<Traits>& r, const Exponent& exponent,
+                                                   const RowSteps& step, int slot) {
+  pin(r.s);
+  if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
+  if (self.masked(step.row())) mask(r.s, self.sequence, self.position(step.row()));
+  probabilities<typename Traits::Element, Traits::kSoftcap>(
+      r.s, r.p16, self.shared.lse[slot] + self.column(), exponent.scale);
+  pin(r.s);
+  pin(r.p16);
+}
+
+// One block of query rows, from P to dQ; and, unless it is the last, S and P of the next.
+template <class Traits, bool kLast>
+__device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragments<Traits>& r,
+                                          const Exponent& exponent, RowSteps& step,
+                                          Ring<Traits::kStages>& ring, bool first) {
+  auto& shared = self.shared;
+  const int key = 64 * self.warpgroup;
+  const int slot = ring.slot;
+  const bool masked = self.masked(step.row());
+  shared.dout_full[slot].wait(ring.parity);
+  start_gradient(r.dp, shared.delta[slot] + self.column());
+  pin(r.dp);
+  wgmma_begin();
+  gemm_scores<Traits>(r.dp, shared.v, key, shared.dout[slot], true);
+  wgmma_commit();
+  pin(r.p16);
+  gemm_dv<Traits>(r.dv, r.p16, shared.dout[slot]);
+  wgmma_commit();
+  wgmma_wait<1>();  // dP is there, and the dK before it
+  pin(r.dp);
+  if (!first) self.release(shared.q_free[slot ^ 1]);
+  if (masked) mask_gradient(r.dp, r.s);
+  uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
+  score_gradient<typename Traits::Element>(ds16, r.s, r.dp);
+
+  const RowSteps current = step;
+  step.advance();
+  ring.advance();
+  if constexpr (!kLast) issue_scores(self, r, ring.slot, ring.parity);
+  const int warp = threadIdx.x / 32 % 4;
+  store_fragment(shared_address(shared.ds[slot][key + 16 * warp]), 0, ds16);
+  fence_async_proxy();
+  named_sync(kScoreGradientStored, Consumer<Traits>::kThreads);  // dS of all keys is there
+  wgmma_begin();
+  gemm_dq<Traits>(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
+  wgmma_commit();
+  gemm_dk<Traits>(r.dk, shared.ds[slot], key, shared.q[slot]);
+  wgmma_commit();
+  if constexpr (!kLast) {
+    wgmma_wait<2>();  // S is there, and the dV before it
+    self.release(shared.dout_free[slot]);
+    find_probabilities(self, r, exponent, step, ring.slot);
+  }
+  self.template add<1>(r.dq, current.head, current.block);
+}
+
+template <class Traits>
+__device__ __forceinline__ void consume(typename Traits::Shared& shared, const BackwardParams& p,
+                                        const Scratch& scratch, const KeyTile& tile,
+                                        const Sequence& sequence, RowSteps step) {
+  const Consumer<Traits> self{shared, p, scratch, tile, sequence};
+  const Exponent exponent(p);
+  Fragments<Traits> r;
+  for (int i = 0; i < Traits::kHeadDim / 2; ++i) r.dk[i] = r.dv[i] = 0.0f;
+  pin(r.dk);
+  pin(r.dv);
+  if (step.valid()) {
+    shared.k_full.wait(0);
+    Ring<Traits::kStages> ring;
+    issue_scores(self, r, 0, 0);
+    shared.v_full.wait(0);
+    wgmma_wait<0>();
+    find_probabilities(self, r, exponent, step, 0);
+    const int steps = step.count();
+    for (int i = 0; i < steps - 1; ++i) {
+      take_step<Traits, false>(self, r, exponent, step, ring, i == 0);
+    }
+    take_step<Traits, true>(self, r, exponent, step, ring, steps == 1);
+    wgmma_wait<0>();
+    pin(r.dk);
+    pin(r.dv);
+  }
+  self.store(r.dk, r.dv);
+}
+
+template <class Traits>
+__global__ __launch_bounds__(Traits::kThreads,
+                             1) void backward(const __grid_constant__ BackwardParams p,
+                                              const __grid_constant__ BackwardMaps maps,
+                                              const __grid_constant__ Scratch scratch) {
+  extern __shared__ uint8_t memory[];
+  const uint32_t unaligned = shared_address(memory);
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory + (-unaligned & 1023));
+  const KeyTile tile(p, scratch);
+  const Sequence sequence(p, tile.batch);
+  const int key = tile.block * Traits::kBlockKV;
+  if (key >= sequence.seqlen_k) return;
+  const RowSteps steps(p, tile, sequence.rows(key, Traits::kBlockKV));
+  if (threadIdx.x == 0) init_barriers<Traits>(shared);
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    shrink_registers<Traits::kProducerRegisters>();
+    if (threadIdx.x < 32) {
+      produce<Traits>(shared, p, maps, scratch, tile, sequence, steps);
+    }
+  } else {
+    grow_registers<Traits::kConsumerRegisters>();
+    consume<Traits>(shared, p, scratch, tile, sequence, steps);
+  }
+}
+
+}  // namespace flash::v3

@@ -1,0 +1,103 @@
+// The producer of the backward pass: K and V once, then Q, dO and their row statistics in a ring.
+#pragma once
+
+#include "v3_hopper/schedule_backward.cuh"
+#include "v3_hopper/tma.cuh"
+
+namespace flash::v3 {
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, dout;
+};
+
+// Copies contiguous bytes into shared memory; they count on `full`.
+__device__ __forceinline__ void load_bulk(void* shared, const void* global, int bytes,
+                                          Barrier& full) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(&full.word))
+      : "memory");
+}
+
+// Zeroes the rows of a tile outside [begin, end).
+template <class Element, int kChunks, int kRows>
+__device__ __forceinline__ void clear_rows(Element (&tile)[kChunks][kRows][kChunkColumns],
+                                           int begin, int end) {
+  for (int i = threadIdx.x % 32; i < kChunks * kRows * 8; i += 32) {
+    const int row = i / 8 % kRows;
+    if (row < begin || row >= end) reinterpret_cast<uint4*>(tile)[i] = uint4{0, 0, 0, 0};
+  }
+}
+
+// The warp that fills shared memory, ahead of the consumers by the depth of the ring.
+template <class Traits>
+struct Producer {
+  typename Traits::Shared& shared;
+  const bool leader = elect_one();
+  uint32_t landed = 0;  // parity of the barrier of tiles that are cleaned before use
+
+  // Loads one tile, chunk by chunk of 64 columns, with row statistics if there are any. What lies
+  // outside the rows `needed` belongs to no visible pair and may be NaN: it becomes zero.
+  template <class Tile>
+  __device__ __forceinline__ void load(Tile& tile, const CUtensorMap& map, Coordinate at,
+                                       Barrier& full, Keep keep, int first, Range needed,
+                                       float* stats = nullptr, const float* source = nullptr) {
+    constexpr int kChunks = sizeof(Tile) / sizeof(tile[0]);
+    constexpr int kRows = sizeof(tile[0]) / kChunkBytes;
+    constexpr int kStatBytes = Traits::kBlockQ * sizeof(float);
+    const bool clean = first >= needed.begin && first + kRows <= needed.end;
+    Barrier& arrived = clean ? full : shared.landed;
+    if (leader) {
+      arrived.arrive_expect(sizeof(Tile) + (stats == nullptr ? 0 : kStatBytes));
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        at.column = chunk * kChunkColumns;
+        load_box(tile[chunk], map, at, arrived, keep);
+      }
+      if (stats != nullptr) load_bulk(stats, source, kStatBytes, arrived);
+    }
+    if (clean) return;
+    shared.landed.wait(landed);
+    landed ^= 1;
+    clear_rows(tile, needed.begin - first, needed.end - first);
+    fence_async_proxy();  // each lane's zeros are ordered before the products that read them
+    __syncwarp();
+    if (leader) full.arrive();
+  }
+};
+
+// K and V once, then Q, LSE, dO and delta of every step.
+template <class Traits>
+__device__ __forceinline__ void produce(typename Traits::Shared& shared, const BackwardParams& p,
+                                        const BackwardMaps& maps, const Scratch& scratch,
+                                        const KeyTile& tile, const Sequence& sequence,
+                                        RowSteps step) {
+  if (!step.valid()) return;
+  Producer<Traits> self{shared};
+  const int batch = p.cu_seqlens_q == nullptr ? tile.batch : 0;
+  const int first_key = tile.block * Traits::kBlockKV;
+  const Coordinate keys{0, int(sequence.row_k) + first_key, tile.head_kv,
+                        p.cu_seqlens_k == nullptr ? tile.batch : 0};
+  const Range seen_keys = sequence.keys(0, sequence.seqlen_q);
+  const Range seen_rows = sequence.rows(0, sequence.seqlen_k);
+  const int64_t block0 = first_block(p, sequence, tile.batch);
+  self.load(shared.k, maps.k, keys, shared.k_full, Keep::kFirstOut, first_key, seen_keys);
+  Ring<Traits::kStages> ring;
+  for (bool first = true; step.valid(); step.advance(), ring.advance(), first = false) {
+    const Coordinate at{0, int(sequence.row_q) + step.row(), step.head, batch};
+    const int64_t stats = (step.head * scratch.blocks + block0 + step.block) * Traits::kBlockQ;
+    const int slot = ring.slot;
+    shared.q_free[slot].wait(ring.parity ^ 1);
+    self.load(shared.q[slot], maps.q, at, shared.q_full[slot], Keep::kLastOut, step.row(),
+              seen_rows, shared.lse[slot], scratch.lse + stats);
+    if (first) {
+      self.load(shared.v, maps.v, keys, shared.v_full, Keep::kFirstOut, first_key, seen_keys);
+    }
+    shared.dout_free[slot].wait(ring.parity ^ 1);
+    self.load(shared.dout[slot], maps.dout, at, shared.dout_full[slot], Keep::kLastOut, step.row(),
+              seen_rows, shared.delta[slot], scratch.delta + stats);
+  }
+}
+
+}  // namespace flash::v3

@@ -1,0 +1,129 @@
+// The two short kernels around the backward pass: row statistics before it, dQ's rounding after it.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "v3_hopper/schedule_backward.cuh"
+
+namespace flash::v3 {
+
+inline constexpr int kRowThreads = 256;
+
+// The 64 query rows of one block: where they lie in tensors and in scratch memory.
+struct RowBlock {
+  int row, rows;  // first row in the sequence; valid rows, maybe none
+  int64_t packed_row;
+  int64_t index;  // of the block, all heads counted
+
+  __device__ __forceinline__ RowBlock(const BackwardParams& p, const Scratch& scratch) {
+    const int batch = blockIdx.z;
+    const Sequence sequence(p, batch);
+    row = blockIdx.x * kGradientRows;
+    rows = min(kGradientRows, sequence.seqlen_q - row);
+    packed_row = sequence.row_q + row;
+    index = blockIdx.y * scratch.blocks + first_block(p, sequence, batch) + blockIdx.x;
+  }
+  template <class Element>
+  __device__ __forceinline__ Element* of(const View& view) const {
+    return static_cast<Element*>(view.data) + blockIdx.z * view.batch + blockIdx.y * view.head +
+           packed_row * view.row;
+  }
+};
+
+// Sum of the products of 8 pairs of 16-bit elements.
+template <class Element>
+__device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
+  const uint32_t x[4] = {a.x, a.y, a.z, a.w};
+  const uint32_t y[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 u = unpack<Element>(x[i]);
+    const float2 v = unpack<Element>(y[i]);
+    sum = fmaf(u.x, v.x, fmaf(u.y, v.y, sum));
+  }
+  return sum;
+}
+
+// delta = rowsum(dO * O) - dLSE (stored negated), LSE in base 2, and zeros where dQ is summed.
+template <class Element, int kDim, bool kSumsDQ>
+__global__ __launch_bounds__(kRowThreads) void prepare_rows(
+    const __grid_constant__ BackwardParams p, const __grid_constant__ Scratch scratch) {
+  constexpr int kLanes = kDim <= 64 ? 8 : kDim <= 128 ? 16 : 32;  // per row
+  const RowBlock block(p, scratch);
+  if (block.rows <= 0) return;
+  const int lane = threadIdx.x % kLanes;
+  const Element* out = block.of<const Element>(p.o);
+  const Element* dout = block.of<const Element>(p.dout);
+#pragma unroll
+  for (int row = threadIdx.x / kLanes; row < kGradientRows; row += kRowThreads / kLanes) {
+    float sum = 0.0f;
+    if (row < block.rows && lane * 8 < p.head_dim_v) {
+      sum = dot8<Element>(*reinterpret_cast<const uint4*>(out + row * p.o.row + lane * 8),
+                          *reinterpret_cast<const uint4*>(dout + row * p.dout.row + lane * 8));
+    }
+#pragma unroll
+    for (int i = kLanes / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    if (lane != 0) continue;
+    float lse = INFINITY;
+    float delta = 0.0f;
+    if (row < block.rows) {
+      const int64_t at = blockIdx.z * p.lse.batch + blockIdx.y * p.lse.head + block.packed_row;
+      const float natural = p.lse.data[at + row];
+      if (natural != -INFINITY) {
+        lse = natural * 1.4426950408889634f;
+        delta = -sum;
+        if (p.dlse.data != nullptr) {
+          delta += p.dlse.data[blockIdx.z * p.dlse.batch + blockIdx.y * p.dlse.head +
+                               block.packed_row + row];
+        }
+      }
+    }
+    scratch.lse[block.index * kGradientRows + row] = lse;
+    scratch.delta[block.index * kGradientRows + row] = delta;
+  }
+  if constexpr (kSumsDQ) {
+    auto* dq = reinterpret_cast<float4*>(scratch.dq + block.index * (kGradientRows * kDim));
+#pragma unroll
+    for (int i = 0; i < kGradientRows * kDim / 4 / kRowThreads; ++i) {
+      dq[i * kRowThreads + threadIdx.x] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    }
+    if (p.deterministic && threadIdx.x < 2) scratch.turn[block.index * 2 + threadIdx.x] = 0;
+  }
+}
+
+// dQ = scale * its fp32 sums, which lie in the order of the accumulators of two warpgroups.
+template <class Element, int kDim>
+__global__ __launch_bounds__(kRowThreads) void round_dq(const __grid_constant__ BackwardParams p,
+                                                        const __grid_constant__ Scratch scratch) {
+  constexpr int kStride = kDim + 8;  // elements; spreads rows over banks
+  __shared__ alignas(16) Element rows[kGradientRows * kStride];
+  const RowBlock block(p, scratch);
+  if (block.rows <= 0) return;
+  const int thread = threadIdx.x % kWarpgroup;
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+  const int column = threadIdx.x / kWarpgroup * (kDim / 2) + thread % 4 * 2;
+  const auto* dq =
+      reinterpret_cast<const float4*>(scratch.dq + block.index * (kGradientRows * kDim) +
+                                      threadIdx.x / kWarpgroup * (kGradientRows * kDim / 2));
+  auto put = [&](int at, float low, float high) {
+    *reinterpret_cast<uint32_t*>(rows + at) = pack<Element>(low * p.scale, high * p.scale);
+  };
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i) {
+    const float4 sum = __ldcs(dq + i * kWarpgroup + thread);
+    put(row * kStride + column + 8 * i, sum.x, sum.y);
+    put((row + 8) * kStride + column + 8 * i, sum.z, sum.w);
+  }
+  __syncthreads();
+  Element* target = block.of<Element>(p.dq);
+#pragma unroll
+  for (int i = threadIdx.x; i < kGradientRows * kDim / 8; i += kRowThreads) {
+    const int to = i / (kDim / 8);
+    const int piece = i % (kDim / 8) * 8;
+    if (to >= block.rows || piece >= p.head_dim) continue;
+    *reinterpret_cast<uint4*>(target + to * p.dq.row + piece) =
+        *reinterpret_cast<const uint4*>(rows + to * kStride + piece);
+  }
+}
+
+}  // namespace flash::v3

@@ -1,0 +1,89 @@
+// Which CTA of the backward pass owns which keys, and where its partial results lie in memory.
+#pragma once
+
+#include "common/mask.cuh"
+#include "v3_hopper/traits_backward.cuh"
+
+namespace flash::v3 {
+
+// Memory beyond inputs and outputs: dQ in fp32, two statistics per row, and the turns of
+// deterministic sums. Rows are padded to whole blocks per sequence.
+struct Scratch {
+  float* dq;           // (heads_q, blocks, fragment order of 64 x padded dim)
+  float* lse;          // (heads_q, blocks * 64), base 2, +inf for rows without keys
+  float* delta;        // likewise, dLSE - rowsum(dO * O)
+  int* turn;           // (heads_q, blocks, 2): contributions so far
+  int64_t blocks;      // per head, in all sequences
+  int tiles_per_head;  // key blocks of the longest sequence
+  int heads_at_once;   // heads whose tiles are launched together, longest first
+};
+
+inline __host__ __device__ int64_t blocks_of(int64_t rows) {
+  return (rows + kGradientRows - 1) / kGradientRows;
+}
+
+// The first dQ block of a sequence: sequences are padded to whole blocks.
+template <class Params>
+__device__ __forceinline__ int64_t first_block(const Params& p, const Sequence& sequence,
+                                               int batch) {
+  if (p.cu_seqlens_q == nullptr) return batch * blocks_of(p.seqlen_q);
+  return sequence.row_q / kGradientRows + batch;
+}
+
+// The keys that one CTA owns.
+struct KeyTile {
+  int batch, head_kv, block;
+
+  __device__ __forceinline__ KeyTile(const BackwardParams& p, const Scratch& scratch) {
+    const int heads = p.batch * p.heads_kv;
+    const int tiles_per_group = scratch.heads_at_once * scratch.tiles_per_head;
+    const int group = blockIdx.x / tiles_per_group;
+    const int first_head = group * scratch.heads_at_once;
+    const int group_heads = min(scratch.heads_at_once, heads - first_head);
+    const int within = blockIdx.x - group * tiles_per_group;
+    const int head = first_head + within % group_heads;
+    block = within / group_heads;
+    if (last_first(p)) block = scratch.tiles_per_head - 1 - block;
+    batch = head / p.heads_kv;
+    head_kv = head % p.heads_kv;
+  }
+
+  // Deterministic causal sums start at the diagonal, where no CTA waits for another.
+  __device__ __forceinline__ static bool last_first(const BackwardParams& p) {
+    return p.deterministic && p.window_right != kUnlimited;
+  }
+
+  // How many key tiles add to these rows of dQ before this one: they were all launched earlier.
+  template <int kBlockKV>
+  __device__ __forceinline__ int turn(const BackwardParams& p, const Sequence& sequence,
+                                      int row) const {
+    const Range keys = sequence.keys(row, kGradientRows);
+    return last_first(p) ? (keys.end - 1) / kBlockKV - block : block - keys.begin / kBlockKV;
+  }
+};
+
+// The steps of one CTA: all query heads of its KV head, all blocks of rows that see its keys.
+struct RowSteps {
+  int head, block;           // of this step
+  int first, last, heads_q;  // blocks [first, last) of each head; heads left, this one included
+
+  __device__ __forceinline__ RowSteps(const BackwardParams& p, const KeyTile& tile, Range rows) {
+    const int group = p.heads_q / p.heads_kv;
+    first = rows.begin / kGradientRows;
+    last = rows.end > rows.begin ? int(blocks_of(rows.end)) : first;
+    head = tile.head_kv * group;
+    block = first;
+    heads_q = last > first ? group : 0;
+  }
+  __device__ __forceinline__ bool valid() const { return heads_q > 0; }
+  __device__ __forceinline__ int count() const { return heads_q * (last - first); }
+  __device__ __forceinline__ int row() const { return block * kGradientRows; }
+  __device__ __forceinline__ void advance() {
+    if (++block < last) return;
+    block = first;
+    ++head;
+    --heads_q;
+  }
+};
+
+}  // namespace flash::v3

@@ -1,0 +1,49 @@
+// Everything about the backward kernels that is known at compile time.
+#pragma once
+
+#include "common/dispatch.h"
+#include "v3_hopper/ptx.cuh"
+
+namespace flash::v3 {
+
+inline constexpr int kWarpgroup = 128;    // threads that issue a wgmma together
+inline constexpr int kChunkColumns = 64;  // 16-bit elements of one 128-byte row
+inline constexpr int kGradientRows = 64;  // query rows of one block of dQ, LSE and delta
+
+// Named barriers; 0 is __syncthreads.
+enum BackwardEvent : int { kScoreGradientStored = 1, kKeysRead = 2, kWarpgroupDone = 3 };
+
+// One CTA owns 64 keys per consumer warpgroup and meets every block of query rows that sees them.
+template <class I, bool kHasSoftcap>
+struct BackwardTraits {
+  using Element = typename I::Element;
+  static constexpr bool kSoftcap = kHasSoftcap;
+  static constexpr int kHeadDim = I::kHeadDim;
+  static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
+  static constexpr int kPaddedDim = kChunks * kChunkColumns;
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kBlockQ = kGradientRows;
+  static constexpr int kBlockKV = 64 * kConsumers;
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kColumnsDQ = kPaddedDim / kConsumers;  // of dQ, per warpgroup
+
+  using TileKV = Element[kChunks][kBlockKV][kChunkColumns];
+  using TileQ = Element[kChunks][kBlockQ][kChunkColumns];
+  using TileDS = Element[kBlockKV][kBlockQ];  // transposed
+  struct Shared {
+    alignas(1024) TileKV k, v;
+    TileQ q[kStages], dout[kStages];
+    TileDS ds[2];  // one is read while one is written
+    float lse[kStages][kBlockQ];
+    float delta[kStages][kBlockQ];
+    Barrier k_full, v_full, landed;
+    Barrier q_full[kStages], q_free[kStages];
+    Barrier dout_full[kStages], dout_free[kStages];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align
+};
+
+}  // namespace flash::v3
