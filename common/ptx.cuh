@@ -12,6 +12,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, of which the compiler knows nothing: what follows from it is computed here and
+// now, not before a loop, where the results would only occupy registers.
+template <class T>
+__device__ __forceinline__ T opaque(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 // --- shared memory, plainly
 
 __device__ __forceinline__ void load_shared_16(uint32_t (&r)[4], uint32_t address) {
@@ -180,6 +187,12 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 }
 
 // --- arithmetic
+
+// x *= y, here and now. Left to itself, the compiler moves such products of whole accumulators into
+// the branches that follow, keeps both old and new, and spills.
+__device__ __forceinline__ void multiply_here(float& x, float y) {
+  asm volatile("mul.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+}
 
 // 2^x; denormal results are 0, exp2(-inf) is 0.
 __device__ __forceinline__ float fast_exp2(float x) {

@@ -50,20 +50,23 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams p, const __grid_constant__ Grid grid) {
   if constexpr (Traits::kRuns) {
     // --- work: one CTA owns slices of Q, one after another, each warp Q blocks of the slice
-    Shared<Traits> smem = shared_memory<Traits>(grid.stages);
+    Shared<Traits> smem(grid.stages);
+    auto& tile = smem.template tile<Tile<Traits>>();
     for (int round = 0; grid.tile(round) < grid.tiles; ++round) {
-      Tile<Traits> tile(p, grid, grid.tile(round));
+      tile = Tile<Traits>(p, grid, grid.tile(round));
+      __syncwarp();  // every lane sees the tile
       if (tile.empty()) continue;
-      smem.restart(tile.blocks.begin);
+      smem.ring.restart(tile.blocks.begin);
       for (int s = 0; s < grid.stages; ++s) load_kv(smem, p, tile, tile.blocks.begin + s);
 
       Range pass = tile.first_pass();
       do {
         for (int turn = 0; turn < grid.turns; ++turn) {
           tile.visit(grid, pass, turn);
+          __syncwarp();  // every lane sees the visit
           visit(smem, p, grid, tile, pass, turn == grid.turns - 1);
         }
-        smem.advance(pass.end);
+        smem.ring.advance(pass.end);
         pass = tile.next_pass(pass);
       } while (pass.begin < pass.end);
     }

@@ -28,8 +28,8 @@ Grid make_grid(const Problem& p) {
   const auto fits = [&](int stages) {
     return Shared<Traits>::bytes(stages, grid.warps) <= device.shared_bytes;
   };
-  for (grid.warps = Traits::kMaxWarps; grid.warps > 1 && !fits(2); grid.warps /= 2) {
-  }
+  for (grid.warps = Traits::kMaxWarps; grid.warps > 3 && !fits(2);) --grid.warps;
+  while (grid.warps > 1 && !fits(1)) --grid.warps;
   for (grid.stages = Traits::kMaxStages; grid.stages > 1 && !fits(grid.stages); --grid.stages) {
   }
   grid.turns = 2;

@@ -31,6 +31,7 @@ __device__ __forceinline__ void load_rows(uint32_t target, const typename Traits
     aligned =
         (reinterpret_cast<uint64_t>(source) % 16 == 0) && stride % Traits::kChunkElements == 0;
   }
+  thread = opaque(thread);
   const int chunk = thread % Rows::kChunks;
   const int step = threads / Rows::kChunks;
   const bool in_columns = chunk * Traits::kChunkElements < dim;
@@ -73,7 +74,7 @@ __device__ __forceinline__ void load_kv(Shared<Traits>& smem, const ForwardParam
                                         const Tile<Traits>& tile, int j) {
   using Element = typename Traits::Element;
   if (j >= tile.blocks.end) return;
-  if (smem.round(j) > 0) barrier_wait(smem.kv_free(j), smem.round(j) - 1);
+  if (smem.ring.round(j) > 0) barrier_wait(smem.kv_free(j), smem.ring.round(j) - 1);
   const int64_t row = tile.sequence.row_k + j * Traits::kBlockKV;
   const int rows = tile.sequence.seqlen_k - j * Traits::kBlockKV;
   const auto* gK = static_cast<const Element*>(p.k.data) + tile.batch * p.k.batch +
@@ -90,7 +91,7 @@ __device__ __forceinline__ void load_kv(Shared<Traits>& smem, const ForwardParam
 // Afterwards K_j and V_j are visible to this warp.
 template <class Traits>
 __device__ __forceinline__ void wait_kv(const Shared<Traits>& smem, int j) {
-  barrier_wait(smem.kv_full(j), smem.round(j));
+  barrier_wait(smem.kv_full(j), smem.ring.round(j));
 }
 
 // This warp reads block j no more. When all warps have said so, another block takes its place; so
@@ -100,8 +101,8 @@ __device__ __forceinline__ void release_kv(Shared<Traits>& smem, const ForwardPa
                                            const Tile<Traits>& tile, Range pass, int j) {
   __syncwarp();  // every lane has read its fragments
   if (threadIdx.x % 32 == 0) barrier_arrive(smem.kv_free(j));
-  if (j > pass.begin) load_kv(smem, p, tile, j - 1 + smem.stages);
-  if (j == pass.end - 1) load_kv(smem, p, tile, j + smem.stages);
+  if (j > pass.begin) load_kv(smem, p, tile, j - 1 + smem.ring.stages);
+  if (j == pass.end - 1) load_kv(smem, p, tile, j + smem.ring.stages);
 }
 
 }  // namespace flash::v1

@@ -64,6 +64,7 @@ struct Softmax {
   float factor[Traits::kTilesQ][2];     // of the last change of reference
   float scale_log2;                     // from scores to powers of two
   bool moved;                           // did the last update change a reference in this warp?
+  bool resumed;  // O is still the mean that an earlier visit left, and each lane holds whole sums
 
   __device__ __forceinline__ explicit Softmax(const ForwardParams& p) {
     scale_log2 = Traits::kFeatured ? kLog2e : p.scale * kLog2e;
@@ -71,30 +72,19 @@ struct Softmax {
 
   // No key was seen yet.
   __device__ __forceinline__ void start(typename Traits::Output& O) {
+    resumed = false;
 #pragma unroll
     for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         reference[m][h] = -CUDART_INF_F;
         row_sum[m][h] = 0.0f;
-        factor[m][h] = 0.0f;
       }
 #pragma unroll
       for (int n = 0; n < Traits::kTilesV; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) O[m][n][e] = 0.0f;
       }
-    }
-  }
-
-  // O, m and l are those that an earlier visit left: O is a mean again a sum.
-  __device__ __forceinline__ void resume(typename Traits::Output& O) {
-    multiply(O, row_sum);
-    const bool counts = threadIdx.x % 4 == 0;  // one lane of a quad holds the sum, the others 0
-#pragma unroll
-    for (int m = 0; m < Traits::kTilesQ; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) row_sum[m][h] = counts ? row_sum[m][h] : 0.0f;
     }
   }
 
@@ -148,9 +138,9 @@ struct Softmax {
 
  private:
   __device__ __forceinline__ void move_reference(const typename Traits::Scores& S) {
-    const float slack = kSlack / scale_log2;
     float largest[Traits::kTilesQ][2];
-    bool outgrown = false;
+    for (auto& f : factor) f[0] = f[1] = 1.0f;
+    bool outgrown = resumed;
 #pragma unroll
     for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
@@ -160,7 +150,7 @@ struct Softmax {
         for (int n = 1; n < Traits::kTilesKV; ++n) {
           largest[m][h] = fmaxf(largest[m][h], fmaxf(S[m][n][2 * h], S[m][n][2 * h + 1]));
         }
-        outgrown |= largest[m][h] > reference[m][h] + slack;
+        outgrown |= (largest[m][h] - reference[m][h]) * scale_log2 > kSlack;
       }
     }
     moved = __any_sync(kFullWarp, outgrown);
@@ -171,10 +161,12 @@ struct Softmax {
       for (int h = 0; h < 2; ++h) {
         const float old = reference[m][h];
         reference[m][h] = fmaxf(old, quad_max(largest[m][h]));
-        factor[m][h] = fast_exp2(old * scale_log2 - offset(m, h));
-        row_sum[m][h] *= factor[m][h];
+        const float shrink = fast_exp2(old * scale_log2 - offset(m, h));
+        factor[m][h] = resumed ? row_sum[m][h] * shrink : shrink;
+        row_sum[m][h] = resumed && threadIdx.x % 4 != 0 ? 0.0f : row_sum[m][h] * shrink;
       }
     }
+    resumed = false;
   }
 
   static __device__ __forceinline__ void multiply(typename Traits::Output& O,
@@ -184,7 +176,7 @@ struct Softmax {
 #pragma unroll
       for (int n = 0; n < Traits::kTilesV; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) O[m][n][e] *= by[m][e / 2];
+        for (int e = 0; e < 4; ++e) multiply_here(O[m][n][e], by[m][e / 2]);
       }
     }
   }

@@ -10,7 +10,7 @@ namespace flash::v1 {
 template <class Traits>
 __device__ __forceinline__ void store_lse(const Softmax<Traits>& softmax, const ForwardParams& p,
                                           const Tile<Traits>& tile) {
-  const int lane = threadIdx.x % 32;
+  const int lane = opaque(threadIdx.x % 32);
   if (p.lse.data == nullptr || lane % 4 != 0) return;
   float* gLSE = p.lse.data + tile.batch * p.lse.batch + tile.head * p.lse.head +
                 tile.sequence.row_q;  // (seqlen_q)
@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_state(typename Traits::Output& O, Softmax<T
                                            const ForwardParams& p, const Grid& grid,
                                            const Tile<Traits>& tile) {
   if (tile.first) return softmax.start(O);
-  const int lane = threadIdx.x % 32;
+  const int lane = opaque(threadIdx.x % 32);
   const auto* from = reinterpret_cast<const float4*>(state_address(p, grid, tile));
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void load_state(typename Traits::Output& O, Softmax<T
       O[m][n][0] = x.x, O[m][n][1] = x.y, O[m][n][2] = x.z, O[m][n][3] = x.w;
     }
   }
-  softmax.resume(O);
+  softmax.resumed = true;
 }
 
 // O, m and l back to memory, for the next visit.
@@ -74,7 +74,7 @@ template <class Traits>
 __device__ __forceinline__ void keep_state(const typename Traits::Output& O,
                                            const Softmax<Traits>& softmax, const ForwardParams& p,
                                            const Grid& grid, const Tile<Traits>& tile) {
-  const int lane = threadIdx.x % 32;
+  const int lane = opaque(threadIdx.x % 32);
   auto* to = reinterpret_cast<float4*>(state_address(p, grid, tile));
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) {
@@ -99,8 +99,8 @@ __device__ __forceinline__ void store_output(const typename Traits::Output& O, S
                                              const ForwardParams& p, const Tile<Traits>& tile) {
   using Element = typename Traits::Element;
   using Rows = typename Traits::Rows;
-  const int lane = threadIdx.x % 32;
-  const uint32_t sO = smem.q();
+  const int lane = opaque(threadIdx.x % 32);
+  const uint32_t sO = opaque(smem.q());
   __syncwarp();  // no lane reads Q any more
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) {

@@ -53,29 +53,13 @@ struct ForwardTraits {
 #endif
 };
 
-// Barriers, then a ring of K/V blocks, then one Q block per warp. How many blocks and warps is
-// decided at run time, by what the device has. Block j lies in stage(j); `round(j)` says how often
-// that stage was filled before.
-template <class Traits>
-struct Shared {
-  static constexpr int kBytesQ = Traits::kRowsPerWarp * Traits::Rows::kRowBytes;
-  static constexpr int kBytesK = Traits::kBlockKV * Traits::Rows::kRowBytes;
-  static constexpr int kBytesBarriers = 384;
-  static_assert(kBytesBarriers >= 8 * (2 * Traits::kMaxStages + Traits::kMaxWarps), "too small");
-
-  static constexpr int bytes(int stages, int warps) {
-    return kBytesBarriers + stages * 2 * kBytesK + warps * kBytesQ;
-  }
-
-  uint32_t base;
+// Where a K/V block lies: blocks [first_block, first_block + 2 * stages) can be asked for.
+struct Ring {
   int stages;
-  int first_block = 0;  // the block in `first_stage`
+  int first_block = 0;  // the block in stage first_stage, the first_round-th block there
   int first_stage = 0;
   uint32_t first_round = 0;
 
-  uint32_t q_round = 0;  // Q blocks that this warp has loaded
-
-  // Blocks from `first_block` on, fewer than 2 * stages of them, can be asked for.
   __device__ __forceinline__ int stage(int j) const {
     const int n = first_stage + j - first_block;
     return n < stages ? n : n < 2 * stages ? n - stages : n - 2 * stages;
@@ -90,32 +74,72 @@ struct Shared {
   }
   // The next block to come, of a new slice, is block j.
   __device__ __forceinline__ void restart(int j) { first_block = j; }
-
-  __device__ __forceinline__ uint32_t kv_full(int j) const { return base + 8 * stage(j); }
-  __device__ __forceinline__ uint32_t kv_free(int j) const { return kv_full(j) + 128; }
-  __device__ __forceinline__ uint32_t q_full() const { return base + 256 + threadIdx.x / 32 * 8; }
-  __device__ __forceinline__ uint32_t k(int j) const {  // (kBlockKV, kHeadDim)
-    return base + kBytesBarriers + stage(j) * 2 * kBytesK;
-  }
-  __device__ __forceinline__ uint32_t v(int j) const { return k(j) + kBytesK; }
-  __device__ __forceinline__ uint32_t q() const {  // (kRowsPerWarp, kHeadDim) of this warp
-    return base + kBytesBarriers + stages * 2 * kBytesK + threadIdx.x / 32 * kBytesQ;
-  }
 };
 
+// Barriers and each warp's tile, then the ring of K/V blocks, then each warp's Q block. How many
+// blocks and warps is decided at run time, by what the device has.
 template <class Traits>
-__device__ __forceinline__ Shared<Traits> shared_memory(int stages) {
-  extern __shared__ __align__(128) char shared_bytes[];
-  Shared<Traits> smem{shared_address(shared_bytes), stages};
-  if (threadIdx.x == 0) {
-    for (int j = 0; j < stages; ++j) {
-      barrier_init(smem.kv_full(j), blockDim.x);
-      barrier_init(smem.kv_free(j), blockDim.x / 32);
-    }
+struct Shared {
+  static constexpr int kBytesQ = Traits::kRowsPerWarp * Traits::Rows::kRowBytes;
+  static constexpr int kBytesK = Traits::kBlockKV * Traits::Rows::kRowBytes;
+  static constexpr int kKvFull = 0;
+  static constexpr int kKvFree = kKvFull + 8 * Traits::kMaxStages;
+  static constexpr int kQFull = kKvFree + 8 * Traits::kMaxStages;
+  static constexpr int kTiles = 384;
+  static constexpr int kBytesTile = 128;
+  static constexpr int kStages = kTiles + Traits::kMaxWarps * kBytesTile;
+  static_assert(kTiles >= kQFull + 8 * Traits::kMaxWarps && kStages % 128 == 0);
+
+  static constexpr int bytes(int stages, int warps) {
+    return kStages + stages * 2 * kBytesK + warps * kBytesQ;
   }
-  if (threadIdx.x % 32 == 0) barrier_init(smem.q_full(), 32);
-  __syncthreads();  // every warp sees the barriers
-  return smem;
-}
+
+  Ring ring;
+  uint32_t q_round = 0;  // Q blocks that this warp has loaded
+
+  static __device__ __forceinline__ char* base() {
+    extern __shared__ __align__(128) char shared_bytes[];
+    return shared_bytes;
+  }
+  static __device__ __forceinline__ uint32_t address(int offset) {
+    return shared_address(base()) + offset;
+  }
+
+  __device__ __forceinline__ explicit Shared(int stages) : ring{stages} {
+    if (threadIdx.x == 0) {
+      for (int j = 0; j < stages; ++j) {
+        barrier_init(kv_full(j), blockDim.x);
+        barrier_init(kv_free(j), blockDim.x / 32);
+      }
+    }
+    if (threadIdx.x % 32 == 0) barrier_init(q_full(), 32);
+    __syncthreads();  // every warp sees the barriers
+  }
+
+  __device__ __forceinline__ uint32_t kv_full(int j) const {
+    return address(kKvFull + 8 * ring.stage(j));
+  }
+  __device__ __forceinline__ uint32_t kv_free(int j) const {
+    return address(kKvFree + 8 * ring.stage(j));
+  }
+  __device__ __forceinline__ uint32_t k(int j) const {  // (kBlockKV, kHeadDim)
+    return address(kStages + ring.stage(j) * 2 * kBytesK);
+  }
+  __device__ __forceinline__ uint32_t v(int j) const { return k(j) + kBytesK; }
+
+  // Of this warp:
+  __device__ __forceinline__ uint32_t q_full() const {
+    return address(kQFull + threadIdx.x / 32 * 8);
+  }
+  __device__ __forceinline__ uint32_t q() const {  // (kRowsPerWarp, kHeadDim)
+    return address(kStages + ring.stages * 2 * kBytesK + threadIdx.x / 32 * kBytesQ);
+  }
+  // Kept here rather than in registers, which O and S need.
+  template <class Tile>
+  __device__ __forceinline__ Tile& tile() const {
+    static_assert(sizeof(Tile) <= kBytesTile);
+    return *reinterpret_cast<Tile*>(base() + kTiles + threadIdx.x / 32 * kBytesTile);
+  }
+};
 
 }  // namespace flash::v1
