@@ -96,7 +96,8 @@ function(flash_add_version name)
   target_include_directories(${name}_kernels SYSTEM PRIVATE ${FLASH_CUTLASS})
   target_compile_definitions(${name}_kernels PRIVATE FLASH_NAMESPACE=${arg_NAMESPACE})
   target_compile_options(${name}_kernels PRIVATE ${gencode} -O3 --expt-relaxed-constexpr
-    -Werror=all-warnings -Xptxas=-v,-warn-spills -Xcompiler=-Wall -Xfatbin=-compress-all)
+    $<$<BOOL:${FLASH_STRICT}>:-Werror=all-warnings> -Xptxas=-v -Xcompiler=-Wall
+    -Xfatbin=-compress-all)
   set_target_properties(${name}_kernels PROPERTIES
     POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden JOB_POOL_COMPILE flash_nvcc
     CUDA_COMPILER_LAUNCHER

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FINDING = re.compile(r"C75\d\d|[1-9]\d* bytes spill|[Rr]egisters are spilled")
+FINDING = re.compile(r"C75\d\d|[1-9]\d* bytes spill")
 
 
 def main(arguments: list[str]) -> int:
