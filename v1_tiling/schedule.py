@@ -14,10 +14,15 @@ from flash.tiles import (
     Tile,
     blocks,
     by_kv_head,
+    gemm_pv,
+    gemm_qk,
+    gemm_tn,
+    matmul,
     new_grads,
     new_result,
     normalize,
     probabilities,
+    rescale,
     rounded,
     score_gradient,
     scores,
@@ -84,22 +89,10 @@ def load_state(memory: Memory, gO: Tensor, gM: Tensor, gL: Tensor, rows: Range,
     return O, row_max, row_sum
 
 
-def gemm_qk(Q: Tensor, K: Tensor) -> Tensor:
-    return Q @ K.mT  # (rows, keys)
-
-
 def mask(S: Tensor, band: Band, rows: Range, keys: Range) -> Tensor:
     if band.all_visible(rows, keys):
         return S
     return S.masked_fill(~band.visible(rows, keys, S.device), -INF)
-
-
-def rescale(O: Tensor, factor: Tensor) -> Tensor:
-    return O * factor
-
-
-def gemm_pv(P: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
-    return rounded(P, dtype) @ V  # (rows, dim)
 
 
 def store_state(memory: Memory, gO: Tensor, gM: Tensor, gL: Tensor, rows: Range,
@@ -147,7 +140,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
             dS = rounded(score_gradient(P, dP, delta, S, spec, visible), q.dtype)
             dV += gemm_tn(rounded(P, q.dtype), dO)
             dK += gemm_tn(dS, Q)
-            dQ = dS @ K
+            dQ = matmul(dS, K)
             if not first_visit(band, rows, keys):
                 dQ += memory.load("dQ", gdQ_tmp, rows)
             if last_visit(band, rows, keys):
@@ -165,11 +158,6 @@ def row_delta(memory: Memory, gO: Tensor, gdLSE: Tensor | None, dO: Tensor, rows
     """sum(dO * O) less the gradient that arrives through LSE, at every visit anew."""
     delta = (memory.load("O", gO, rows) * dO).sum(-1, keepdim=True)
     return delta if gdLSE is None else delta - memory.load("dLSE", gdLSE, rows)
-
-
-def gemm_tn(P: Tensor, dO: Tensor) -> Tensor:
-    """P^T dO, summed over the query heads of the K/V head: (keys, dim)."""
-    return (P.mT @ dO).sum(2, keepdim=True)
 
 
 def store_unvisited(memory: Memory, band: Band, block_q: int, gdQ: Tensor) -> None:

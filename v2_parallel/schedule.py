@@ -14,11 +14,16 @@ from flash.tiles import (
     Tile,
     blocks,
     by_kv_head,
+    gemm_pv,
+    gemm_qk,
+    gemm_tn,
     join_rows,
+    matmul,
     new_grads,
     new_result,
     normalize,
     probabilities,
+    rescale,
     rounded,
     score_gradient,
     scores,
@@ -66,10 +71,6 @@ def init_state(Q: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
             Q.new_zeros(*Q.shape[:-1], 1))  # fmt: skip
 
 
-def gemm_qk(Q: Tensor, K: Tensor) -> Tensor:
-    return Q @ K.mT  # (rows, keys)
-
-
 def mask(S: Tensor, band: Band, rows: Range, keys: Range) -> Tensor:
     if band.all_visible(rows, keys):
         return S
@@ -77,14 +78,6 @@ def mask(S: Tensor, band: Band, rows: Range, keys: Range) -> Tensor:
     padded = Range(rows.begin, rows.begin + warps * slice_rows)
     visible = band.visible(padded, keys, S.device).unflatten(0, (warps, slice_rows))
     return S.masked_fill(~visible, -INF)
-
-
-def rescale(O: Tensor, factor: Tensor) -> Tensor:
-    return O * factor
-
-
-def gemm_pv(P: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
-    return rounded(P, dtype) @ V  # (rows, dim)
 
 
 def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
@@ -118,7 +111,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
             dS = rounded(score_gradient(P, dP, delta, S, spec, visible), q.dtype)
             dV += gemm_tn(rounded(P, q.dtype), dO)
             dK += gemm_tn(dS, Q)
-            memory.add("dQ", gdQ_tmp, rows, dS @ K)
+            memory.add("dQ", gdQ_tmp, rows, matmul(dS, K))
         memory.store("dK", gdK, keys, dK * spec.scale)
         memory.store("dV", gdV, keys, dV)
 
@@ -135,11 +128,6 @@ def prepare(memory: Memory, band: Band, block_q: int, gO: Tensor, gdO: Tensor,
             delta -= memory.load("dLSE", gdLSE, rows)
         memory.store("delta", gDelta, rows, delta)
         memory.store("dQ", gdQ_tmp, rows, 0.0)
-
-
-def gemm_tn(P: Tensor, dO: Tensor) -> Tensor:
-    """P^T dO, summed over the query heads of the K/V head: (keys, dim)."""
-    return (P.mT @ dO).sum(2, keepdim=True)
 
 
 def finish(memory: Memory, band: Band, block_q: int, gdQ_tmp: Tensor, gdQ: Tensor,

@@ -19,11 +19,15 @@ from flash.tiles import (
     Tile,
     blocks,
     by_kv_head,
+    gemm_qk,
+    gemm_tn,
     join_rows,
+    matmul,
     new_grads,
     new_result,
     normalize,
     probabilities,
+    rescale,
     rounded,
     score_gradient,
     scores,
@@ -94,10 +98,6 @@ def init_state(Q: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
             Q.new_zeros(*Q.shape[:-1], 1))  # fmt: skip
 
 
-def gemm_qk(Q: Tensor, K: Tensor) -> Tensor:
-    return Q @ K.mT  # (rows, keys)
-
-
 def qk_descale(descale: Descale, gQ: Tensor, rows: Range, keys: Range) -> Tensor | float:
     """One factor for a whole tile of scores, folded into the softmax scale."""
     return tile_scale(descale.q, descale.block_q, gQ, rows) * tile_scale(
@@ -137,13 +137,9 @@ def update_rounded(S: Tensor, row_max: Tensor, row_sum: Tensor,
     return P, new_max, new_sum, alpha
 
 
-def rescale(O: Tensor, factor: Tensor) -> Tensor:
-    return O * factor
-
-
 def gemm_pv(P: Tensor, factor: Tensor | float, V: Tensor, dtype: torch.dtype) -> Tensor:
     """One block, summed in the tensor core; the caller adds it to O in fp32, the second level."""
-    return (P if dtype == FP8 else rounded(P, dtype)) @ V * factor  # (rows, dim)
+    return matmul(P if dtype == FP8 else rounded(P, dtype), V) * factor  # (rows, dim)
 
 
 def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
@@ -184,7 +180,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
                 ready = issue_scores(ring_q, K, spec)
             dK += gemm_tn(dS, Q)
             ring_q.release()
-            memory.add("dQ", gdQ_tmp, rows, dS @ K)
+            memory.add("dQ", gdQ_tmp, rows, matmul(dS, K))
         memory.store("dK", gdK, keys, dK * spec.scale)
         memory.store("dV", gdV, keys, dV)
 
@@ -214,11 +210,6 @@ def prepare(memory: Memory, band: Band, block_q: int, gO: Tensor, gdO: Tensor,
             delta -= memory.load("dLSE", gdLSE, rows)
         memory.store("delta", gDelta, rows, delta)
         memory.store("dQ", gdQ_tmp, rows, 0.0)
-
-
-def gemm_tn(P: Tensor, dO: Tensor) -> Tensor:
-    """P^T dO, summed over the query heads of the K/V head: (keys, dim)."""
-    return (P.mT @ dO).sum(2, keepdim=True)
 
 
 def finish(memory: Memory, band: Band, block_q: int, gdQ_tmp: Tensor, gdQ: Tensor,

@@ -151,6 +151,34 @@ def join_rows(x: Tensor, rows: int) -> Tensor:
     return x.flatten(-3, -2)[..., :rows, :]
 
 
+def matmul(A: Tensor, B: Tensor) -> Tensor:
+    """A @ B on a tile of at least 8 rows: BLAS sums a single row in another order."""
+    rows = A.shape[-2]
+    if rows < 8:
+        A = torch.nn.functional.pad(A, (0, 0, 0, 8 - rows))
+    return (A @ B)[..., :rows, :]
+
+
+def gemm_qk(Q: Tensor, K: Tensor) -> Tensor:
+    """Q K^T: (rows, keys)."""
+    return matmul(Q, K.mT)
+
+
+def gemm_pv(P: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor:
+    """P V with P in the precision of the inputs: (rows, dim)."""
+    return matmul(rounded(P, dtype), V)
+
+
+def gemm_tn(P: Tensor, dO: Tensor) -> Tensor:
+    """P^T dO, summed over the query heads of the K/V head: (keys, dim)."""
+    return matmul(P.mT, dO).sum(2, keepdim=True)
+
+
+def rescale(O: Tensor, factor: Tensor) -> Tensor:
+    """What was summed under the old maximum, under the new one."""
+    return O * factor
+
+
 def scores(S: Tensor, spec: Spec) -> Tensor:
     """Raw products -> scaled and soft-capped scores."""
     S = S * spec.scale
