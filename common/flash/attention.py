@@ -1,4 +1,4 @@
-"""The public calls: attention, dense and packed, and its backward for ring and context parallelism."""
+"""The public calls: attention, dense and packed, and its backward for ring parallelism."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from flash import backward_call, calls
 from flash.checks import check_inputs
 from flash.checks_more import check_descale, check_varlen
-from flash.options import backend_name, check_precision, make_spec, refuse_unknown
+from flash.options import backend_name, check_precision, flag, make_spec, refuse_unknown
 
 _ATTENTION = (
     "q", "k", "v", "causal", "window", "scale", "softcap", "q_descale", "k_descale", "v_descale",
@@ -64,13 +64,15 @@ def attention(
     """
     if unknown:
         refuse_unknown("attention", unknown, _ATTENTION)
-    q, k, v = calls.under_autocast(q, k, v)
+    if calls.any_autocast():
+        q, k, v = calls.under_autocast(q, k, v)
     scales = None
     if q_descale is not None or k_descale is not None or v_descale is not None:
         scales = (q_descale, k_descale, v_descale)
     options = (causal, window, scale, softcap, deterministic, precision, layout, backend, scales)
     ready = calls.prepare_dense(q, k, v, options)
-    return_lse = calls.checked_flag("return_lse", return_lse)
+    if return_lse is not True and return_lse is not False:
+        flag("return_lse", return_lse)
     target = None if out is None else calls.check_out(out, q, k, v, ready)
     if not ready.swap:
         found, lse = calls.launch(ready, q, k, v, target)
@@ -114,14 +116,15 @@ def attention_varlen(
     """
     if unknown:
         refuse_unknown("attention_varlen", unknown, _VARLEN)
-    q, k, v = calls.under_autocast(q, k, v)
+    if calls.any_autocast():
+        q, k, v = calls.under_autocast(q, k, v)
     name = backend_name(backend)
     check_inputs(q, k, v, "packed")
     spec = make_spec(causal, window, scale, softcap, deterministic, q.shape[-1])
-    fp8 = check_precision(precision, q.dtype, calls._HALF)
+    fp8 = check_precision(precision, q.dtype, calls.HALF)
     varlen = check_varlen(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     descale = check_descale(q, k, (q_descale, k_descale, v_descale), varlen)
-    return_lse = calls.checked_flag("return_lse", return_lse)
+    flag("return_lse", return_lse)
     parts = (spec, name, False, fp8, scale, descale, varlen)
     ready = calls.finish_checks(q, k, v, parts, calls.eager())
     target = None if out is None else calls.check_out(out, q, k, v, ready)

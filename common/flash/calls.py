@@ -27,14 +27,15 @@ from flash.execute import (
     settle,
 )
 from flash.ops_autograd import calls, forward_backward
-from flash.options import LAYOUTS, backend_name, check_precision, choice, flag, make_spec
+from flash.options import LAYOUTS, backend_name, check_precision, choice, make_spec
 from flash.spec import Descale, Spec, Varlen
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+any_autocast = torch._C._is_any_autocast_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MAX_READY = 4096
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Ready(NamedTuple):
@@ -89,8 +90,8 @@ def prepare_dense(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Ready:
             key = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
                 v.dtype, q.device, k.device, v.device, type(q), type(k), type(v),
-                torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
-                q.device.type == "cuda" and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+                (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
+                q.is_cuda and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
                 options, *map(type, options),
             )  # fmt: skip
             found = _ready.get(key)
@@ -113,7 +114,7 @@ def check_dense(q: Any, k: Any, v: Any, options: tuple[Any, ...], direct: bool) 
     name = backend_name(backend)
     check_inputs(q, k, v, layout)
     spec = make_spec(causal, window, scale, softcap, deterministic, q.shape[-1])
-    fp8 = check_precision(precision, q.dtype, _HALF)
+    fp8 = check_precision(precision, q.dtype, HALF)
     swap = layout == "bhsd"
     if swap:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -194,7 +195,15 @@ def _operate(
         count_flops()
     args = arguments_of(ready, scales=True)
     if out is None:
-        found = calls.forward(q, k, v, *args)
+        watched = not torch.compiler.is_compiling() and (
+            _transforms() is not None or forward_ad._current_level >= 0
+        )
+        if watched:
+            from flash.transforms import Transformed
+
+            found = Transformed.apply(q, k, v, ready)
+        else:
+            found = calls.forward(q, k, v, *args)
         return found[0], found[1]
     return out, calls.forward_out(q, k, v, *args, out=out)
 
@@ -231,6 +240,3 @@ class Direct(torch.autograd.Function):
         decision = ready.job.decision.backward
         return (*run_backward(decision, ready.spec, saved, varlen=varlen), None)
 
-
-def checked_flag(name: str, given: Any) -> bool:
-    return given if given is True or given is False else flag(name, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -56,9 +57,11 @@ def check_cu_seqlens(name: str, cu: Any, q: Tensor, total: int) -> list[int] | N
     return ends
 
 
-def check_max_seqlen(name: str, given: Any, ends: list[int] | None, cu: Tensor, total: int) -> int:
+def check_max_seqlen(name: str, given: Any, ends: list[int] | None, cu: Tensor, total: int) -> Any:
     """The longest sequence; None is worked out, which on a GPU waits for it once."""
-    longest = max((b - a for a, b in zip(ends, ends[1:], strict=False)), default=0) if ends else None
+    longest = None
+    if ends is not None:
+        longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
     if given is None:
         if longest is not None:
             return longest

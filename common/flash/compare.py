@@ -54,7 +54,7 @@ class Comparison:
 
     def __str__(self) -> str:
         head = ("backend", "engine", "ms", "max error", "rel. error", "lse error", "MB", "MB moved")
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
             errors = (row.max_error, row.relative_error, row.lse_error)
             megabytes = (row.memory_bytes, row.moved_bytes)
@@ -114,7 +114,7 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Te
         found: Any = attention(q, k, v, return_lse=True, backend="reference", **plain)
     else:
         wide = (x.double() if isinstance(x, Tensor) else x for x in (q, k, v))
-        found = attention(*wide, return_lse=True, backend="reference", **plain)  # type: ignore[misc]
+        found = attention(*wide, return_lse=True, backend="reference", **plain)
     return found[0].double(), found[1].double()
 
 

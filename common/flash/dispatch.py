@@ -64,7 +64,8 @@ class Decision:
         what = f"{DTYPES.get(request.dtype, request.dtype)}, head dim {request.head_dim}"
         if request.head_dim_v != request.head_dim:
             what += f" and {request.head_dim_v}"
-        head = f"{request.direction} ({what}) on {arch_name(self.arch)}: {self.backend or 'nothing'}"
+        where = arch_name(self.arch)
+        head = f"{request.direction} ({what}) on {where}: {self.backend or 'nothing'}"
         lines = [head + (f", {self.engine}" if self.engine else "")]
         if self.reasons:
             lines.append(describe_reasons(self.reasons))

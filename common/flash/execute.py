@@ -96,8 +96,8 @@ def quantized(
         return *found[:3], Descale(*found[3:], *rows)
     found = quantize_fp8(q[None], k[None], v[None], granularity="head", hadamard=rotate)
     batch = varlen.cu_seqlens_q.shape[0] - 1
-    scales = [s.expand(batch, -1, -1) for s in found[3:]]
-    return found.q[0], found.k[0], found.v[0], Descale(*scales)
+    q_scale, k_scale, v_scale = (s.expand(batch, -1, -1) for s in found[3:])
+    return found.q[0], found.k[0], found.v[0], Descale(q_scale, k_scale, v_scale)
 
 
 def run_forward(

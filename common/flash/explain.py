@@ -98,7 +98,8 @@ class Explanation:
     def __str__(self) -> str:
         sizes = ", ".join(f"{name} {value}" for name, value in self.shape.items())
         where = arch_name(self.decision.arch) + (f" ({self.gpu})" if self.gpu else "")
-        head = f"{self.decision.request.direction} on {where}: {self.backend or 'nothing serves it'}"
+        direction = self.decision.request.direction
+        head = f"{direction} on {where}: {self.backend or 'nothing serves it'}"
         return "\n".join([head, sizes, *(e.line() for e in self.estimates)])
 
     def as_dict(self) -> dict[str, Any]:

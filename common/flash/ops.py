@@ -1,6 +1,6 @@
 """The calls as PyTorch operators, so that compile, export, autocast and counters see them.
 
-Tensors are (batch, seq, heads, dim), or (total, heads, dim) with cu_seqlens; results are contiguous.
+Tensors are (batch, seq, heads, dim), or (total, heads, dim) with cu_seqlens; results contiguous.
 `forward` and `backward` return new tensors, `forward_out` and `backward_out` write given ones.
 """
 
@@ -115,7 +115,7 @@ def backward_out_fake(*args: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     return None
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "forward": (forward, forward_fake),
     "forward_out": (forward_out, forward_out_fake),
     "backward": (backward, backward_fake),

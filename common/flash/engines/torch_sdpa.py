@@ -1,7 +1,7 @@
 """PyTorch's own attention with this project's semantics: alignment, GQA, empty rows, LSE.
 
-Plain and causal masks are cut into rectangles and squares that PyTorch's flash kernels serve exactly,
-and joined through their LSE; everything else runs block by block in fp32 matrix products.
+Plain and causal masks are cut into rectangles and squares that PyTorch's flash kernels serve, and
+joined through their LSE; everything else runs block by block in fp32 matrix products.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _served(q: Tensor, v: Tensor, spec: Spec) -> bool:
 def _plan(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Piece, ...] | None:
     """Pieces for PyTorch's kernels; None when the block-by-block path must run.
 
-    Those kernels multiply masked keys by zero, so a non-finite key under a triangle needs that path.
+    Those kernels multiply masked keys by zero, so non-finite keys under a triangle need that path.
     """
     if not _served(q, v, spec):
         return None
@@ -190,8 +190,9 @@ def backward(
         by_row = [x[:, rows].transpose(1, 2) for x in (dout, q, out)]
         by_key = [x[:, keys].transpose(1, 2) for x in (k, v)]
         found = _call_backward(
-            by_row[0], by_row[1], *by_key, by_row[2], lse[:, :, rows], causal, spec.scale
-        )
+            by_row[0], by_row[1], by_key[0], by_key[1], by_row[2], lse[:, :, rows], causal,
+            spec.scale,
+        )  # fmt: skip
         if len(cut) == 1 and found[0].shape[2] == q.shape[1] and found[1].shape[2] == k.shape[1]:
             return Grads(*(g.copy_(f.transpose(1, 2)) for g, f in zip(grads, found, strict=True)))
         for total, part, span in zip(sums, found, (rows, keys, keys), strict=True):
