@@ -1,0 +1,216 @@
+"""FP8 quantization: scales, the orthogonal turn, edge values, and accuracy through the v3 schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flash.v3_hopper import schedule
+from grid import DEVICE, Case, dense
+from torch import Tensor
+
+import flash
+from flash.quantize import E4M3, E4M3_MAX, incoherent, quantize_fp8, random_signs
+from flash.spec import Descale, Spec
+
+GRANULARITIES = ("block", "head", "tensor")
+
+
+def dequantize(x: Tensor, scale: Tensor, block: int = 128) -> Tensor:
+    group = x.shape[2] // scale.shape[2]
+    index = torch.arange(x.shape[1], device=x.device) // block if scale.shape[1] > 1 else 0
+    rows = scale[:, index] if scale.shape[1] > 1 else scale.expand(-1, x.shape[1], -1)
+    return x.float() * rows.repeat_interleave(group, 2)[..., None]
+
+
+def inputs(seqlen: int, dim: int, heads: int = 2, outliers: bool = False) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seqlen + dim)
+
+    def one() -> Tensor:
+        shape = (1, seqlen, heads, dim)
+        x = torch.randn(shape, generator=g)
+        if outliers:  # N(0,1) + N(0,100) * Bernoulli(0.001)
+            x += 10 * torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) < 1e-3)
+        return x.to(DEVICE)
+
+    return one(), one(), one()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("seqlen", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
+def test_values_come_back(granularity: str, seqlen: int, heads: tuple[int, int]) -> None:
+    q = torch.randn(2, seqlen, heads[0], 64, device=DEVICE).bfloat16()
+    k, v = (torch.randn(2, 77, heads[1], 64, device=DEVICE).bfloat16() for _ in range(2))
+    found = quantize_fp8(q, k, v, granularity, hadamard=False)
+    for x, stored, scale in zip((q, k, v), found[:3], found[3:], strict=True):
+        assert stored.dtype == E4M3
+        assert stored.shape == x.shape
+        assert stored.is_contiguous()
+        assert scale.dtype == torch.float32
+        blocks = -(-x.shape[1] // 128) if granularity == "block" else 1
+        assert scale.shape == (2, blocks, heads[1])
+        back = dequantize(stored, scale)
+        # e4m3 keeps 3 bits: half a step is 1/16 of the value, or 2^-10 of the scale near zero
+        bound = x.float().abs() / 16 + scale.max() * 2.0**-9
+        assert bool(((back - x.float()).abs() <= bound).all())
+        assert stored.float().abs().max() == E4M3_MAX  # the range is used
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_scale_is_the_amax_of_its_rows(granularity: str) -> None:
+    q, k, v = (torch.rand(2, 300, 2, 64, device=DEVICE) for _ in range(3))
+    v[1, 130, 1, 5] = 70.0
+    scale = quantize_fp8(q, k, v, granularity).v_descale * E4M3_MAX
+    seventy = torch.isclose(scale, torch.tensor(70.0, device=DEVICE))
+    places = {"block": [[1, 1, 1]], "head": [[1, 0, 1]]}
+    if granularity == "tensor":
+        assert bool(seventy.all())
+    else:
+        assert seventy.nonzero().tolist() == places[granularity]
+
+
+@pytest.mark.parametrize("block", [32, 64, 128, 256])
+def test_rows_of_a_block_are_chosen(block: int) -> None:
+    q, k, v = inputs(300, 64)
+    found = quantize_fp8(q, k, v, block_q=block, block_kv=2 * block)
+    assert found.q_descale.shape[1] == -(-300 // block)
+    assert found.k_descale.shape[1] == found.v_descale.shape[1] == -(-300 // (2 * block))
+    spec = Spec(0.125)
+    scales = Descale(*found[3:], block, 2 * block)
+    out = schedule.forward(*found[:3], spec, descale=scales).out
+    exact = dense(q, k, v, Case(300, 300))[0]
+    assert (out - exact).norm() / exact.norm() < 0.06
+
+
+@pytest.mark.parametrize("dim", [1, 2, 64, 128, 256])
+def test_turn_is_orthogonal(dim: int) -> None:
+    turned = incoherent(torch.eye(dim, device=DEVICE))
+    torch.testing.assert_close(turned @ turned.mT, torch.eye(dim, device=DEVICE))
+    torch.testing.assert_close(turned.abs(), torch.full_like(turned, dim**-0.5))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_turn_keeps_products_and_spreads_outliers(dim: int) -> None:
+    q, k = torch.randn(10, dim, device=DEVICE), torch.randn(20, dim, device=DEVICE)
+    k[3, 7] = 300.0
+    torch.testing.assert_close(incoherent(q) @ incoherent(k).mT, q @ k.mT, rtol=1e-4, atol=1e-2)
+    assert incoherent(k)[3].abs().max() < 300 / dim**0.5 + 6
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_signs_are_fixed_and_balanced(dim: int) -> None:
+    signs = random_signs(dim)
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.sum())) < 4 * dim**0.5
+    assert torch.equal(signs, random_signs(dim))
+    runs = int((signs[1:] != signs[:-1]).sum())
+    assert dim / 4 < runs < 3 * dim / 4
+
+
+def test_signs_are_the_same_on_every_machine() -> None:
+    bits = "".join("+" if s > 0 else "-" for s in random_signs(16).tolist())
+    assert bits == "-+-+++++-+-+--+-"
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_zeros(granularity: str) -> None:
+    zeros = torch.zeros(1, 200, 2, 64, device=DEVICE)
+    found = quantize_fp8(zeros, zeros, zeros, granularity)
+    assert all(not x.float().any() for x in found[:3])
+    assert all(torch.equal(s, torch.ones_like(s)) for s in found[3:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_becomes_nan_and_spoils_no_scale(value: float) -> None:
+    q, k, v = inputs(200, 64)
+    clean = quantize_fp8(q, k, v, hadamard=False)
+    v = v.clone()
+    v[0, 3, 0, 5] = value
+    found = quantize_fp8(q, k, v, hadamard=False)
+    assert bool(found.v[0, 3, 0, 5].float().isnan())
+    assert int(found.v.float().isnan().sum()) == 1
+    assert bool(found.v_descale.isfinite().all())
+    torch.testing.assert_close(found.v_descale, clean.v_descale)
+
+
+@pytest.mark.parametrize("gain", [1e-40, 1e-30, 1e30])
+def test_extreme_magnitudes(gain: float) -> None:
+    x = torch.randn(1, 130, 2, 64, device=DEVICE) * gain
+    found = quantize_fp8(x, x, x, hadamard=False)
+    assert bool(found.q_descale.isfinite().all())
+    assert bool((found.q_descale > 0).all())
+    assert bool(found.q.float().isfinite().all())
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_rows(rows: int) -> None:
+    q = torch.randn(2, rows, 2, 64, device=DEVICE)
+    k = torch.randn(2, 5, 2, 64, device=DEVICE)
+    found = quantize_fp8(q, k, k)
+    assert found.q.shape == (2, rows, 2, 64)
+    assert found.q_descale.shape == (2, 1, 2)
+
+
+def test_a_head_dim_without_hadamard_is_refused() -> None:
+    q, k, v = inputs(10, 96)
+    with pytest.raises(ValueError, match=r"96.*power of two"):
+        quantize_fp8(q, k, v)
+    assert quantize_fp8(q, k, v, hadamard=False).q.shape == q.shape
+
+
+@pytest.mark.parametrize("wrong", [{"granularity": "row"}, {"block_q": 0}, {"block_kv": -1}])
+def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        quantize_fp8(*inputs(10, 64), **wrong)  # type: ignore[arg-type]
+
+
+def errors(qkv: tuple[Tensor, ...], granularity: str, hadamard: bool) -> tuple[float, float]:
+    """(RMSE, relative error) of the v3 schedule against fp64 on the unquantized inputs."""
+    q, k, v = qkv
+    exact = dense(*(x.double() for x in qkv), Case(q.shape[1], q.shape[1], q.shape[3]))[0]
+    found = quantize_fp8(q, k, v, granularity, hadamard)
+    block = 128 if granularity == "block" else 0
+    scales, spec = Descale(*found[3:], block, block), Spec(q.shape[3] ** -0.5)
+    off = schedule.forward(*found[:3], spec, descale=scales).out.double() - exact
+    return off.square().mean().sqrt().item(), (off.norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("hadamard", [True, False])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("seqlen", "dim"), [(512, 64), (1024, 128), (512, 256)])
+def test_error_on_normal_inputs(seqlen: int, dim: int, granularity: str, hadamard: bool) -> None:
+    _, relative = errors(inputs(seqlen, dim), granularity, hadamard)
+    assert relative < 5.4e-2
+
+
+@pytest.mark.parametrize(("seqlen", "dim"), [(1024, 64), (1024, 128), (2048, 128)])
+def test_error_on_outliers(seqlen: int, dim: int) -> None:
+    """Blocks and the turn each help, and together bring the error near that of normal inputs."""
+    qkv = inputs(seqlen, dim, outliers=True)
+    best, relative = errors(qkv, "block", True)
+    plain, _ = errors(qkv, "tensor", False)
+    assert plain / best > 1.5
+    assert relative < 7e-2
+    if dim == 128:
+        assert best < 9.1e-3  # the paper's figure
+
+
+def test_error_does_not_grow_with_length() -> None:
+    short, long = (errors(inputs(n, 64, heads=1), "block", True)[1] for n in (512, 4096))
+    assert long < 1.2 * short
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_result_passes_straight_to_attention(granularity: str, causal: bool) -> None:
+    case = Case(200, 200, causal=causal)
+    qkv = inputs(200, 64)
+    found = flash.quantize_fp8(*qkv, granularity=granularity)
+    out, lse = flash.attention(
+        *found[:3], q_descale=found[3], k_descale=found[4], v_descale=found[5], causal=causal,
+        return_lse=True, backend="v3",
+    )  # fmt: skip
+    exact, exact_lse = dense(*(x.double() for x in qkv), case)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - exact).norm() / exact.norm() < 0.06
+    assert (lse - exact_lse).abs().max() < 0.15
