@@ -23,8 +23,8 @@ __device__ __forceinline__ void init_barriers(typename Traits::Shared& shared) {
   for (int i = 0; i < Traits::kStages; ++i) {
     shared.q_full[i].init(1);
     shared.dout_full[i].init(1);
-    shared.q_free[i].init(Traits::kConsumers);
-    shared.dout_free[i].init(Traits::kConsumers);
+    shared.q_free[i].init(Traits::kConsumers * 4);  // once per warp
+    shared.dout_free[i].init(Traits::kConsumers * 4);
   }
   fence_barrier_init();
 }
@@ -41,32 +41,33 @@ struct Consumer {
   const KeyTile& tile;
   const Sequence& sequence;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0) - 1;  // uniform
-  const int first_key = tile.block * Traits::kBlockKV;
+  const int key = Traits::kKeysPerWarpgroup * warpgroup;    // of this warpgroup, in the tile
+  const int first_key = tile.block * Traits::kBlockKV + key;  // and in the sequence
   const int64_t block0 = first_block(p, sequence, tile.batch);
 
-  // This warpgroup has read a slot of the ring for the last time.
-  __device__ __forceinline__ void release(Barrier& free) const {
-    if (threadIdx.x % kWarpgroup == 0) free.arrive();
+  // This warp has read, or filled, what the barrier stands for.
+  __device__ __forceinline__ void arrive(Barrier& barrier) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier.arrive();
   }
   __device__ __forceinline__ Position position(int row) const {
     const int lane = threadIdx.x % 32;
-    const int key = first_key + 64 * warpgroup + threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
-    return {key, row + lane % 4 * 2};
+    const int warp = threadIdx.x % kWarpgroup / 32;
+    return {first_key + 16 * warp + lane / 4, row + lane % 4 * 2};
   }
   __device__ __forceinline__ int column() const { return threadIdx.x % 4 * 2; }
 
   __device__ __forceinline__ bool masked(int row) const {
-    return !sequence.all_visible(row, Traits::kBlockQ, first_key + 64 * warpgroup, 64);
+    return !sequence.all_visible(row, Traits::kBlockQ, first_key, 64);
   }
 
   // Adds a step's dQ to the sums in L2 once its product is done, in a fixed order if asked for.
-  template <int kPending>
-  __device__ __forceinline__ void add(float (&dq)[Traits::kColumnsDQ / 2], int head,
-                                      int block) const {
+  template <int kPending, int N>
+  __device__ __forceinline__ void add(float (&dq)[N], int head, int block) const {
     const int64_t index = head * scratch.blocks + block0 + block;
     int* turn = scratch.turn + index * Traits::kConsumers + warpgroup;
-    float* target = scratch.dq + index * (Traits::kBlockQ * Traits::kPaddedDim) +
-                    warpgroup * (Traits::kColumnsDQ * Traits::kBlockQ) +
+    float* target = scratch.dq + index * (Traits::kConsumers * N * kWarpgroup) +
+                    warpgroup * (N * kWarpgroup) +
                     threadIdx.x % kWarpgroup * 4;
     if (p.deterministic) {
       const int row = block * Traits::kBlockQ;
@@ -79,22 +80,17 @@ struct Consumer {
     if (p.deterministic) pass_turn(turn, kWarpgroupDone + warpgroup);
   }
 
-  // Writes this warpgroup's rows of dK and dV through its rows of the K and V tiles.
-  __device__ __forceinline__ void store(const float (&dk)[Traits::kHeadDim / 2],
-                                        const float (&dv)[Traits::kHeadDim / 2]) const {
-    const int row = 64 * warpgroup;
-    const int64_t key = sequence.row_k + first_key + row;
-    const int rows = sequence.seqlen_k - first_key - row;
-    auto* gdk = static_cast<Element*>(p.dk.data) + tile.batch * p.dk.batch +
-                tile.head_kv * p.dk.head + key * p.dk.row;
-    auto* gdv = static_cast<Element*>(p.dv.data) + tile.batch * p.dv.batch +
-                tile.head_kv * p.dv.head + key * p.dv.row;
-    named_sync(kKeysRead, kThreads);  // nobody reads K any more
-    stage_gradient<Traits>(shared.v, row, dv, 1.0f);
-    stage_gradient<Traits>(shared.k, row, dk, p.scale);
-    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);  // all four warps have staged
-    store_gradient<Traits>(shared.v, row, gdv, p.dv.row, rows, p.head_dim_v);
-    store_gradient<Traits>(shared.k, row, gdk, p.dk.row, rows, p.head_dim);
+  // Rounds a gradient into this warpgroup's rows of a tile that nobody reads any more.
+  template <class Tile, int N>
+  __device__ __forceinline__ void stage(Tile& tile, const float (&d)[N], float scale) const {
+    stage_gradient(tile, key, d, scale);
+  }
+  // Copies them to their place in dK or dV.
+  template <class Tile>
+  __device__ __forceinline__ void store(const Tile& staged, const View& view, int columns) const {
+    auto* target = static_cast<Element*>(view.data) + tile.batch * view.batch +
+                   tile.head_kv * view.head + (sequence.row_k + first_key) * view.row;
+    store_gradient(staged, key, target, view.row, sequence.seqlen_k - first_key, columns);
   }
 };
 
@@ -116,7 +112,7 @@ __device__ __forceinline__ void issue_scores(const Consumer<Traits>& self, Fragm
   self.shared.q_full[slot].wait(parity);
   pin(r.s);
   wgmma_begin();
-  gemm_scores<Traits>(r.s, self.shared.k, 64 * self.warpgroup, self.shared.q[slot], false);
+  gemm_scores<Traits::kHeadDim>(r.s, self.shared.k, self.key, self.shared.q[slot], false);
   wgmma_commit();
 }
 
@@ -140,21 +136,20 @@ __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragment
                                           const Exponent& exponent, RowSteps& step,
                                           Ring<Traits::kStages>& ring, bool first) {
   auto& shared = self.shared;
-  const int key = 64 * self.warpgroup;
   const int slot = ring.slot;
   const bool masked = self.masked(step.row());
   shared.dout_full[slot].wait(ring.parity);
   start_gradient(r.dp, shared.delta[slot] + self.column());
   pin(r.dp);
   wgmma_begin();
-  gemm_scores<Traits>(r.dp, shared.v, key, shared.dout[slot], true);
+  gemm_scores<Traits::kHeadDim>(r.dp, shared.v, self.key, shared.dout[slot], true);
   wgmma_commit();
   pin(r.p16);
-  gemm_dv<Traits>(r.dv, r.p16, shared.dout[slot]);
+  gemm_gradient(r.dv, r.p16, shared.dout[slot]);
   wgmma_commit();
   wgmma_wait<1>();  // dP is there, and the dK before it
   pin(r.dp);
-  if (!first) self.release(shared.q_free[slot ^ 1]);
+  if (!first) self.arrive(shared.q_free[slot ^ 1]);
   if (masked) mask_gradient(r.dp, r.s);
   uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
   score_gradient<typename Traits::Element>(ds16, r.s, r.dp);
@@ -164,17 +159,17 @@ __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragment
   ring.advance();
   if constexpr (!kLast) issue_scores(self, r, ring.slot, ring.parity);
   const int warp = threadIdx.x / 32 % 4;
-  store_fragment(shared_address(shared.ds[slot][key + 16 * warp]), 0, ds16);
+  store_fragment(shared_address(shared.ds[slot][self.key + 16 * warp]), 0, ds16);
   fence_async_proxy();
   named_sync(kScoreGradientStored, Consumer<Traits>::kThreads);  // dS of all keys is there
   wgmma_begin();
-  gemm_dq<Traits>(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
+  gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
   wgmma_commit();
-  gemm_dk<Traits>(r.dk, shared.ds[slot], key, shared.q[slot]);
+  gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot]);
   wgmma_commit();
   if constexpr (!kLast) {
     wgmma_wait<2>();  // S is there, and the dV before it
-    self.release(shared.dout_free[slot]);
+    self.arrive(shared.dout_free[slot]);
     find_probabilities(self, r, exponent, step, ring.slot);
   }
   self.template add<1>(r.dq, current.head, current.block);
@@ -206,7 +201,12 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
     pin(r.dk);
     pin(r.dv);
   }
-  self.store(r.dk, r.dv);
+  named_sync(kKeysRead, Consumer<Traits>::kThreads);
+  self.stage(shared.v, r.dv, 1.0f);
+  self.stage(shared.k, r.dk, p.scale);
+  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have staged
+  self.store(shared.v, p.dv, p.head_dim_v);
+  self.store(shared.k, p.dk, p.head_dim);
 }
 
 template <class Traits>
@@ -215,8 +215,7 @@ __global__ __launch_bounds__(Traits::kThreads,
                                               const __grid_constant__ BackwardMaps maps,
                                               const __grid_constant__ Scratch scratch) {
   extern __shared__ uint8_t memory[];
-  const uint32_t unaligned = shared_address(memory);
-  auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory + (-unaligned & 1023));
+  auto& shared = *align_shared<typename Traits::Shared>(memory);
   const KeyTile tile(p, scratch);
   const Sequence sequence(p, tile.batch);
   const int key = tile.block * Traits::kBlockKV;

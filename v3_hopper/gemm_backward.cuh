@@ -1,4 +1,4 @@
-// The five products of the backward pass; a warpgroup owns 64 keys of dK and dV.
+// The products of the backward pass over tiles in shared memory, chunks of 64 columns side by side.
 #pragma once
 
 #include "v3_hopper/traits_backward.cuh"
@@ -8,61 +8,60 @@ namespace flash::v3 {
 inline constexpr int kSlabBytes = 32;            // 16 elements of a row: one wgmma deep
 inline constexpr int kSlabRowsBytes = 16 * 128;  // 16 rows: one wgmma deep, operand transposed
 
-// Scores, transposed: D (64 keys, 64 rows) = A (64 keys, dim) B^T (64 rows, dim).
-template <class Traits>
-__device__ __forceinline__ void gemm_scores(float (&d)[Traits::kBlockQ / 2],
-                                            const typename Traits::TileKV& a, int key,
-                                            const typename Traits::TileQ& b, bool accumulate) {
-  const uint64_t keys = descriptor_k(a[0][key]);
-  const uint64_t rows = descriptor_k(b[0]);
+// Scores, either way round: D (64, N) = A (64 rows from `row`, dim) B^T (N rows, dim).
+template <int kDim, class Element, int kChunks, int kRowsA, int kRowsB>
+__device__ __forceinline__ void gemm_scores(
+    float (&d)[kRowsB / 2], const Element (&a)[kChunks][kRowsA][kChunkColumns], int row,
+    const Element (&b)[kChunks][kRowsB][kChunkColumns], bool accumulate) {
+  const uint64_t rows = descriptor_k(a[0][row]);
+  const uint64_t columns = descriptor_k(b[0]);
 #pragma unroll
-  for (int i = 0; i < Traits::kHeadDim / 16; ++i) {
+  for (int i = 0; i < kDim / 16; ++i) {
     const int chunk = i / 4;
     const int within = i % 4 * kSlabBytes;
-    wgmma<Traits::kBlockQ>::template ss<typename Traits::Element>(
-        d, advance(keys, chunk * int(sizeof(a[0])) + within),
-        advance(rows, chunk * int(sizeof(b[0])) + within), accumulate || i > 0);
+    wgmma<kRowsB>::template ss<Element>(d, advance(rows, chunk * int(sizeof(a[0])) + within),
+                                        advance(columns, chunk * int(sizeof(b[0])) + within),
+                                        accumulate || i > 0);
   }
 }
 
-// dV: D (64 keys, dim) += P^T (64 keys, 64 rows) from registers, dO (64 rows, dim).
-template <class Traits>
-__device__ __forceinline__ void gemm_dv(float (&d)[Traits::kHeadDim / 2],
-                                        const uint32_t (&p)[Traits::kBlockQ / 4],
-                                        const typename Traits::TileQ& dout) {
-  const uint64_t rows = descriptor_mn(dout, sizeof(dout[0]));
+// A gradient: D (64, dim) += A (64, kRows) from registers, B (kRows, dim).
+template <class Element, int N, int kSlabs, int kChunks, int kRows>
+__device__ __forceinline__ void gemm_gradient(float (&d)[N], const uint32_t (&a)[kSlabs],
+                                              const Element (&b)[kChunks][kRows][kChunkColumns]) {
+  static_assert(kSlabs == kRows / 4, "A and B must be equally deep");
+  const uint64_t rows = descriptor_mn(b, sizeof(b[0]));
 #pragma unroll
-  for (int i = 0; i < Traits::kBlockQ / 16; ++i) {
-    wgmma<Traits::kHeadDim>::template rs<typename Traits::Element, Major::kMN>(
-        d, p + 4 * i, advance(rows, i * kSlabRowsBytes), true);
+  for (int i = 0; i < kRows / 16; ++i) {
+    wgmma<2 * N>::template rs<Element, Major::kMN>(d, a + 4 * i,
+                                                   advance(rows, i * kSlabRowsBytes), true);
   }
 }
 
-// dK: D (64 keys, dim) += dS^T (64 keys, 64 rows) Q (64 rows, dim).
-template <class Traits>
-__device__ __forceinline__ void gemm_dk(float (&d)[Traits::kHeadDim / 2],
-                                        const typename Traits::TileDS& ds, int key,
-                                        const typename Traits::TileQ& q) {
+// dK: D (64 keys, dim) += dS^T (64 keys from `key`, rows) Q (rows, dim).
+template <class Element, int N, int kKeys, int kChunks, int kRows>
+__device__ __forceinline__ void gemm_dk(float (&d)[N], const Element (&ds)[kKeys][kRows], int key,
+                                        const Element (&q)[kChunks][kRows][kChunkColumns]) {
   const uint64_t keys = descriptor_k(ds[key]);
   const uint64_t rows = descriptor_mn(q, sizeof(q[0]));
 #pragma unroll
-  for (int i = 0; i < Traits::kBlockQ / 16; ++i) {
-    wgmma<Traits::kHeadDim>::template ss<typename Traits::Element, Major::kK, Major::kMN>(
+  for (int i = 0; i < kRows / 16; ++i) {
+    wgmma<2 * N>::template ss<Element, Major::kK, Major::kMN>(
         d, advance(keys, i * kSlabBytes), advance(rows, i * kSlabRowsBytes), true);
   }
 }
 
-// dQ: D (64 rows, this warpgroup's columns) = dS (64 rows, all keys) K (all keys, columns).
-template <class Traits>
-__device__ __forceinline__ void gemm_dq(float (&d)[Traits::kColumnsDQ / 2],
-                                        const typename Traits::TileDS& ds,
-                                        const typename Traits::TileKV& k, int column) {
+// dQ: D (64 rows, N columns from `column`) = dS (rows, all keys) K (all keys, columns).
+template <class Element, int N, int kChunks, int kKeys, int kRows>
+__device__ __forceinline__ void gemm_dq(float (&d)[N], const Element (&ds)[kKeys][kRows],
+                                        const Element (&k)[kChunks][kKeys][kChunkColumns],
+                                        int column) {
   const uint64_t rows = descriptor_mn(ds, 0);
   const uint64_t columns =
       descriptor_mn(&k[column / kChunkColumns][0][column % kChunkColumns], sizeof(k[0]));
 #pragma unroll
-  for (int i = 0; i < Traits::kBlockKV / 16; ++i) {
-    wgmma<Traits::kColumnsDQ>::template ss<typename Traits::Element, Major::kMN, Major::kMN>(
+  for (int i = 0; i < kKeys / 16; ++i) {
+    wgmma<2 * N>::template ss<Element, Major::kMN, Major::kMN>(
         d, advance(rows, i * kSlabRowsBytes), advance(columns, i * kSlabRowsBytes), i > 0);
   }
 }

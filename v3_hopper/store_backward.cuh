@@ -61,28 +61,27 @@ __device__ __forceinline__ void pass_turn(int* turn, int barrier) {
   }
 }
 
-// --- dK, dV ---
+// --- 16-bit gradients ---
 
-// Rounds a gradient into the warpgroup's own 64 rows of a tile in shared memory.
-template <class Traits>
-__device__ __forceinline__ void stage_gradient(typename Traits::TileKV& tile, int first_row,
-                                               const float (&d)[Traits::kHeadDim / 2],
-                                               float scale) {
-  uint32_t r[Traits::kHeadDim / 4];
+// Rounds 64 rows of a gradient into a tile in shared memory, from `first_row`.
+template <class Element, int kChunks, int kRows, int N>
+__device__ __forceinline__ void stage_gradient(Element (&tile)[kChunks][kRows][kChunkColumns],
+                                               int first_row, const float (&d)[N], float scale) {
+  uint32_t r[N / 2];
 #pragma unroll
-  for (int i = 0; i < Traits::kHeadDim / 4; ++i) {
-    r[i] = pack<typename Traits::Element>(d[2 * i] * scale, d[2 * i + 1] * scale);
+  for (int i = 0; i < N / 2; ++i) {
+    r[i] = pack<Element>(d[2 * i] * scale, d[2 * i + 1] * scale);
   }
   const int warp = threadIdx.x / 32 % 4;
   store_fragment(shared_address(tile[0][first_row + 16 * warp]), sizeof(tile[0]), r);
 }
 
 // Copies 64 staged rows to global memory, 16 bytes per thread and step.
-template <class Traits>
-__device__ __forceinline__ void store_gradient(const typename Traits::TileKV& tile, int first_row,
-                                               typename Traits::Element* target, int64_t stride,
-                                               int rows, int columns) {
-  constexpr int kPieces = Traits::kChunks * 8;  // of 16 bytes, per row
+template <class Element, int kChunks, int kRows>
+__device__ __forceinline__ void store_gradient(
+    const Element (&tile)[kChunks][kRows][kChunkColumns], int first_row, Element* target,
+    int64_t stride, int rows, int columns) {
+  constexpr int kPieces = kChunks * 8;  // of 16 bytes, per row
   const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll 4
   for (int i = thread; i < 64 * kPieces; i += kWarpgroup) {

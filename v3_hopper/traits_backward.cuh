@@ -13,6 +13,12 @@ inline constexpr int kGradientRows = 64;  // query rows of one block of dQ, LSE 
 // Named barriers; 0 is __syncthreads.
 enum BackwardEvent : int { kScoreGradientStored = 1, kKeysRead = 2, kWarpgroupDone = 3 };
 
+// Tiles under the 128-byte swizzle start at multiples of 1024 bytes.
+template <class Shared>
+__device__ __forceinline__ Shared* align_shared(uint8_t* memory) {
+  return reinterpret_cast<Shared*>(memory + (-shared_address(memory) & 1023));
+}
+
 // One CTA owns 64 keys per consumer warpgroup and meets every block of query rows that sees them.
 template <class I, bool kHasSoftcap>
 struct BackwardTraits {
@@ -23,10 +29,11 @@ struct BackwardTraits {
   static constexpr int kPaddedDim = kChunks * kChunkColumns;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kBlockQ = kGradientRows;
-  static constexpr int kBlockKV = 64 * kConsumers;
+  static constexpr int kKeysPerWarpgroup = 64;
+  static constexpr int kBlockKV = kKeysPerWarpgroup * kConsumers;
   static constexpr int kStages = 2;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  static constexpr int kProducerRegisters = 32;
+  static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
   static constexpr int kColumnsDQ = kPaddedDim / kConsumers;  // of dQ, per warpgroup
 
