@@ -127,6 +127,18 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// True for all threads when `condition` is true for one.
+__device__ __forceinline__ bool named_barrier_or(int barrier, int threads, bool condition) {
+  uint32_t any;
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.u32 p, %3, 0; bar.red.or.pred q, %1, %2, p; "
+      "selp.u32 %0, 1, 0, q; }"
+      : "=r"(any)
+      : "r"(barrier), "r"(threads), "r"(uint32_t(condition))
+      : "memory");
+  return any != 0;
+}
+
 // --- shared to registers, as fragments of matrix instructions
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -252,11 +264,13 @@ __device__ __forceinline__ uint32_t multiply_add<__nv_bfloat16>(uint32_t x, uint
   return z;
 }
 
-// 16-bit elements with all of these bits set are NaN or infinite.
+// Elements with all of these bits set are NaN or infinite.
 template <class Element>
 inline constexpr uint32_t kExponentBits = 0x7c00;
 template <>
 inline constexpr uint32_t kExponentBits<__nv_bfloat16> = 0x7f80;
+template <>
+inline constexpr uint32_t kExponentBits<float> = 0x7f800000;
 
 // True when either of the two 16-bit elements is NaN or infinite.
 template <class Element>

@@ -3,6 +3,7 @@
 
 #include "v1_tiling/gemm.cuh"
 #include "v1_tiling/load.cuh"
+#include "v1_tiling/quarantine.cuh"
 #include "v1_tiling/softmax.cuh"
 #include "v1_tiling/store.cuh"
 
@@ -31,10 +32,15 @@ __device__ __forceinline__ void visit(Shared<Traits>& smem, const ForwardParams&
       // --- one block: S = Q K^T, P = softmax(S), O = O + P V
       gemm_qk(S, Q, smem, j);
       cap<Traits>(S, p);
-      if (!tile.warp_sees_all(j)) mask(S, tile, j);
+      const bool partial = !tile.warp_sees_all(j);
+      if (partial) mask(S, tile, j);
       softmax.update(S);
       softmax.rescale(O);
-      gemm_pv(O, S, smem, j);
+      if (partial && poisoned(smem, j)) {
+        gemm_pv_poisoned(O, S, smem, tile, j);
+      } else {
+        gemm_pv<Traits>(O, S, smem, j);
+      }
     }
     if (is_last_turn) release_kv(smem, p, tile, pass, j);
   }

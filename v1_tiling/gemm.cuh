@@ -6,6 +6,21 @@
 
 namespace flash::v1 {
 
+// Elements that are NaN or infinite become 0.
+template <class Element>
+__device__ __forceinline__ void clear_non_finite(uint32_t (&r)[4]) {
+  constexpr uint32_t kBits = kExponentBits<Element>;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4) {
+      if ((r[i] & kBits) == kBits) r[i] = 0;
+    } else {
+      if ((r[i] & kBits) == kBits) r[i] &= 0xffff0000u;
+      if ((r[i] >> 16 & kBits) == kBits) r[i] &= 0x0000ffffu;
+    }
+  }
+}
+
 // The rows of Q that one warp owns: in registers for the whole loop when they fit, else read
 // from shared memory as they are needed.
 template <class Traits>
@@ -115,7 +130,7 @@ __device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<
 
 // O += P V_j of fp32 elements. Summed dimensions may be permuted: column t of a P fragment is key
 // 2 t and column t + 4 is key 2 t + 1, as the accumulators hold them.
-template <class Traits>
+template <class Traits, bool kClean>
 __device__ __forceinline__ void gemm_pv_fp32(typename Traits::Output& O,
                                              const typename Traits::Scores& P, uint32_t sV) {
   using Rows = typename Traits::Rows;
@@ -138,6 +153,7 @@ __device__ __forceinline__ void gemm_pv_fp32(typename Traits::Output& O,
         rV[2 * half] = load_shared_4(from);
         rV[2 * half + 1] = load_shared_4((from ^ 16) + Rows::kRowBytes);
       }
+      if constexpr (kClean) clear_non_finite<fp32>(rV);
       const Split<4> a(rP), b(rV);
 #pragma unroll
       for (int half = 0; half < 2; ++half) sums[half].add(a, b, half);
@@ -151,35 +167,40 @@ __device__ __forceinline__ void gemm_pv_fp32(typename Traits::Output& O,
 }
 
 // O += P V_j. The accumulator layout of S is the operand layout of P: it never leaves registers.
-template <class Traits>
+// kClean: values of V that are not finite count as 0.
+template <class Traits, bool kClean = false>
 __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
                                         const typename Traits::Scores& P, Shared<Traits>& smem,
                                         int j) {
   using Element = typename Traits::Element;
   using Rows = typename Traits::Rows;
   const int lane = threadIdx.x % 32;
-  if constexpr (Traits::kFloat32) return gemm_pv_fp32<Traits>(O, P, smem.v(j));
-  const uint32_t sV = smem.v(j) + Rows::offset(lane % 16, lane / 16);
+  if constexpr (Traits::kFloat32) {
+    gemm_pv_fp32<Traits, kClean>(O, P, smem.v(j));
+  } else {
+    const uint32_t sV = smem.v(j) + Rows::offset(lane % 16, lane / 16);
 #pragma unroll
-  for (int step = 0; step < Traits::kStepsPV; ++step) {
-    uint32_t rP[Traits::kTilesQ][4];  // (kRowsPerWarp, 16)
+    for (int step = 0; step < Traits::kStepsPV; ++step) {
+      uint32_t rP[Traits::kTilesQ][4];  // (kRowsPerWarp, 16)
 #pragma unroll
-    for (int m = 0; m < Traits::kTilesQ; ++m) {
+      for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float (&pair)[4] = P[m][2 * step + i / 2];
-        rP[m][i] = pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        for (int i = 0; i < 4; ++i) {
+          const float(&pair)[4] = P[m][2 * step + i / 2];
+          rP[m][i] = pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        }
       }
-    }
 #pragma unroll
-    for (int n = 0; n < Traits::kTilesV / 2; ++n) {
-      uint32_t rV[4];  // (16, 16)
-      ldmatrix_x4_trans(rV, Rows::advance(sV, 2 * n) + step * 16 * Rows::kRowBytes);
+      for (int n = 0; n < Traits::kTilesV / 2; ++n) {
+        uint32_t rV[4];  // (16, 16)
+        ldmatrix_x4_trans(rV, Rows::advance(sV, 2 * n) + step * 16 * Rows::kRowBytes);
+        if constexpr (kClean) clear_non_finite<Element>(rV);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int m = 0; m < Traits::kTilesQ; ++m) {
-          mma_m16n8k16<Element>(O[m][2 * n + half], rP[m], rV[2 * half], rV[2 * half + 1]);
+          for (int m = 0; m < Traits::kTilesQ; ++m) {
+            mma_m16n8k16<Element>(O[m][2 * n + half], rP[m], rV[2 * half], rV[2 * half + 1]);
+          }
         }
       }
     }
