@@ -1,4 +1,4 @@
-"""FP8 quantization: scales, the orthogonal turn, edge values, and accuracy through the v3 schedule."""
+"""FP8 quantization: scales, the orthogonal turn, edge values, accuracy through v3 schedule."""
 
 from __future__ import annotations
 

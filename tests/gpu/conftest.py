@@ -1,0 +1,11 @@
+"""What needs CUDA itself is not collected when this folder runs on the schedules."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from grid import ON_GPU
+
+sys.path.insert(0, str(Path(__file__).parent))
+collect_ignore = [] if ON_GPU else ["test_cuda.py", "test_large.py", "test_memory.py"]
