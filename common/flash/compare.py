@@ -14,6 +14,7 @@ from torch import Tensor
 from flash.analysis import peak_bytes
 from flash.attention import attention
 from flash.capability import BACKENDS
+from flash.checks import check_dtype, check_kind
 from flash.dispatch import last_dispatch
 from flash.engines.layout import FP8
 from flash.errors import BackendUnavailableError, UnsupportedError, wrong_type, wrong_value
@@ -101,6 +102,9 @@ def compare(
     if isinstance(backends, str) or not isinstance(backends, Sequence):
         raise wrong_type("backends", backends, "a list of backend names")
     names = tuple(dict.fromkeys(backend_name(name) for name in backends))
+    for argument, x in (("q", q), ("k", k), ("v", v)):
+        check_kind(argument, x)
+        check_dtype(argument, x)
     with torch.no_grad():
         exact = _exact(q, k, v, options)
         rows = tuple(_measure(name, (q, k, v), exact, options, repeats) for name in names)
@@ -110,10 +114,10 @@ def compare(
 def _exact(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The fp64 answer for the inputs as they are stored."""
     plain = {name: value for name, value in options.items() if name != "precision"}
-    if isinstance(q, Tensor) and q.dtype == FP8:
+    if q.dtype == FP8:
         found: Any = attention(q, k, v, return_lse=True, backend="reference", **plain)
     else:
-        wide = (x.double() if isinstance(x, Tensor) else x for x in (q, k, v))
+        wide = (x.double() for x in (q, k, v))
         found = attention(*wide, return_lse=True, backend="reference", **plain)
     return found[0].double(), found[1].double()
 

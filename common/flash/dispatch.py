@@ -64,6 +64,7 @@ class Decision:
         what = f"{DTYPES.get(request.dtype, request.dtype)}, head dim {request.head_dim}"
         if request.head_dim_v != request.head_dim:
             what += f" and {request.head_dim_v}"
+        what += "".join(f", {feature}" for feature in request.features)
         where = arch_name(self.arch)
         head = f"{request.direction} ({what}) on {where}: {self.backend or 'nothing'}"
         lines = [head + (f", {self.engine}" if self.engine else "")]

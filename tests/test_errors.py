@@ -1,0 +1,68 @@
+"""Every wrong argument of every entry point: a typed error that names it, and no harm done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import negative
+import pytest
+import torch
+from negative import ENTRIES, Entry, Spoiled
+
+import flash
+
+CASES = [
+    case
+    for entry in ENTRIES
+    for make in (negative.spoiled_options, negative.spoiled_tensors, negative.spoiled_together)
+    for case in make(entry)
+]
+DEVICES = ("cpu", "meta")
+
+
+def skips(case: Spoiled, device: str) -> bool:
+    """Meta tensors hold no values to compare."""
+    return device == "meta" and case.entry.name == "compare"
+
+
+PAIRS = [(case, device) for case in CASES for device in DEVICES if not skips(case, device)]
+
+
+def raises_well(entry: Entry, given: dict[str, Any], error: type[Exception]) -> flash.FlashError:
+    """The call raises this kind of error, typed, attributed and with advice."""
+    with pytest.raises(error) as caught:
+        entry.function(**given)
+    found = caught.value
+    assert isinstance(found, flash.FlashError), f"{type(found).__name__}: {found}"
+    assert found.argument, "the error names no argument"
+    assert found.argument.split("[")[0].split(".")[0].split(" ")[0] in str(found)
+    assert found.expected is not None or found.reasons
+    assert len(str(found)) > 20
+    return found
+
+
+def works(entry: Entry, device: torch.device) -> None:
+    result = entry.function(**entry.make(device))
+    assert result is not None
+
+
+@pytest.mark.parametrize(("case", "device"), PAIRS, ids=[f"{c}-{d}" for c, d in PAIRS])
+def test_wrong_argument(case: Spoiled, device: str) -> None:
+    where = torch.device(device)
+    given = case.entry.make(where)
+    raises_well(case.entry, {**given, **case.change(given, where)}, case.error)
+    works(case.entry, where)
+
+
+def test_there_are_enough() -> None:
+    assert len(PAIRS) >= 600
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.unknown], ids=lambda e: e.name)
+@pytest.mark.parametrize("wrong", [w for w, right in negative.UNKNOWN.items() if right])
+def test_unknown_name_tells_the_right_one(entry: Entry, wrong: str) -> None:
+    given = entry.make(torch.device("cpu"))
+    found = raises_well(entry, {**given, wrong: 1}, TypeError)
+    assert found.argument == wrong
+    if negative.UNKNOWN[wrong] in entry.options:
+        assert negative.UNKNOWN[wrong] in str(found)
