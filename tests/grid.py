@@ -147,17 +147,22 @@ def by_autograd(case: Case, given: Inputs, dtype: torch.dtype, gradients: bool) 
 
 
 def rounding_of_saved_out(case: Case, given: Inputs, exact: Answer) -> tuple[Tensor, ...]:
-    """Backward reads O as it was returned, so sum(dO * O) is off by about eps * |dO * O|.
+    """Backward reads O as it was returned, made with rounded P and rounded itself.
 
-    Textbook autograd keeps P instead and has no such term; here it is, carried to each gradient.
+    So sum(dO * O) is off by about eps * |dO * O| and eps * |P * dP| of the row. Textbook autograd
+    keeps P instead and has no such term; here it is, carried to each gradient.
     """
-    q, k = given.q.double(), given.k.double().repeat_interleave(case.heads_q // case.heads_kv, 2)
+    group = case.heads_q // case.heads_kv
+    q = given.q.double()
+    k, v = (x.double().repeat_interleave(group, 2) for x in (given.k, given.v))
     s = torch.einsum("bqhd,bkhd->bhqk", q, k) * case.factor
     if case.softcap:
         s = case.softcap * torch.tanh(s / case.softcap)
     lse = exact.lse.masked_fill(exact.lse == -INF, INF)
     p = torch.exp(s - lse[..., None]).masked_fill(~visible(case, q.device), 0.0)
-    off = EPS[case.dtype] * (given.dout.double() * exact.out).norm(dim=-1).transpose(1, 2)
+    dout = given.dout.double()
+    p_dp = (p * torch.einsum("bqhd,bkhd->bhqk", dout, v)).norm(dim=-1)
+    off = EPS[case.dtype] * torch.hypot((dout * exact.out).norm(dim=-1).transpose(1, 2), p_dp)
     weights = abs(case.factor) * off[..., None] * p  # (batch, heads, rows, keys)
     dq = torch.einsum("bhqk,bkhd->bqhd", weights, k).norm(dim=-1)
     dk = torch.einsum("bhqk,bqh->bkh", weights.square(), q.square().sum(-1)).sqrt()
