@@ -37,9 +37,9 @@ __device__ __forceinline__ void visit(Shared<Traits>& smem, const ForwardParams&
       softmax.update(S);
       softmax.rescale(O);
       if (partial && poisoned(smem, j)) {
-        gemm_pv_poisoned(O, S, smem, tile, j);
+        gemm_pv_poisoned(O, S, softmax, smem, tile, j);
       } else {
-        gemm_pv<Traits>(O, S, smem, j);
+        gemm_pv<Traits>(O, S, softmax, smem, j);
       }
     }
     if (is_last_turn) release_kv(smem, p, tile, pass, j);

@@ -1,10 +1,19 @@
 // S = Q K^T and O += P V by matrix instructions, fragments straight from shared memory.
 #pragma once
 
-#include "v1_tiling/schedule.cuh"
+#include "common/ptx.cuh"
+#include "v1_tiling/load.cuh"
+#include "v1_tiling/softmax.cuh"
 #include "v1_tiling/tf32.cuh"
 
 namespace flash::v1 {
+
+// The column of O and V that element e of accumulator tile n holds in this lane.
+template <class Traits>
+__device__ __forceinline__ int output_column(int n, int e, int lane) {
+  const int column = lane % 4 * 2 + e % 2;
+  return Traits::kFloat32 ? n / 4 * 32 + column * 4 + n % 4 : n * 8 + column;
+}
 
 // Elements that are NaN or infinite become 0.
 template <class Element>
@@ -82,7 +91,9 @@ __device__ __forceinline__ void gemm_qk_fp32(typename Traits::Scores& S, const Q
       ldmatrix_x4(rK, Rows::advance(sK, 2 * step) + n * 16 * Rows::kRowBytes);
       const Split<4> b(rK);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) sums[2 * n + half].add(a, b, half);
+      for (int half = 0; half < 2; ++half)
+        sums[2 * n + half].add(a, b.high[2 * half], b.high[2 * half + 1], b.low[2 * half],
+                               b.low[2 * half + 1]);
     }
   }
 #pragma unroll
@@ -128,70 +139,72 @@ __device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<
   }
 }
 
-// O += P V_j of fp32 elements. Summed dimensions may be permuted: column t of a P fragment is key
-// 2 t and column t + 4 is key 2 t + 1, as the accumulators hold them.
+// O += P V_j of fp32 elements. Keys and columns may be permuted: column t of a P fragment is key 2
+// t and column t + 4 is key 2 t + 1, as the accumulators hold them; column g of the i-th of four O
+// tiles is column 4 g + i of 32, so that a lane reads four columns of V at once.
 template <class Traits, bool kClean>
 __device__ __forceinline__ void gemm_pv_fp32(typename Traits::Output& O,
-                                             const typename Traits::Scores& P, uint32_t sV) {
+                                             const typename Traits::Scores& S,
+                                             Softmax<Traits>& softmax, uint32_t sV) {
   using Rows = typename Traits::Rows;
   const int lane = threadIdx.x % 32;
-  // Key 2 t of lane 4 g + t, column g: chunk g / 4.
-  const uint32_t even = sV + Rows::offset(lane % 4 * 2, lane / 16) + lane / 4 % 4 * 4;
+  const uint32_t even = sV + Rows::offset(lane % 4 * 2, lane / 4);  // key 2 t, columns 4 g ...
+  uint32_t rP[Traits::kStepsPV][4];                                 // (kRowsPerWarp, kBlockKV)
+  float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int n = 0; n < Traits::kTilesV / 2; ++n) {
-    Tf32Sum sums[2];
+  for (int step = 0; step < Traits::kStepsPV; ++step) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float x = softmax.probability(S[0][step][e], 0, e / 2);
+      sum[e / 2] += x;
+      rP[step][e / 2 + e % 2 * 2] = __float_as_uint(x);
+    }
+  }
+  softmax.row_sum[0][0] += sum[0], softmax.row_sum[0][1] += sum[1];
+#pragma unroll
+  for (int group = 0; group < Traits::kTilesV / 4; ++group) {
+    Tf32Sum sums[4];
 #pragma unroll
     for (int step = 0; step < Traits::kStepsPV; ++step) {
-      const float (&p)[4] = P[0][step];
-      const uint32_t rP[4] = {__float_as_uint(p[0]), __float_as_uint(p[2]), __float_as_uint(p[1]),
-                              __float_as_uint(p[3])};  // (kRowsPerWarp, kDepth)
-      uint32_t rV[4];                                  // (kDepth, 16)
+      const uint32_t from =
+          Rows::advance(even, 8 * group) + step * Traits::kDepth * Rows::kRowBytes;
+      uint32_t rV[2][4];  // (kDepth, 32)
+      load_shared_16(rV[0], from);
+      load_shared_16(rV[1], (from ^ 16) + Rows::kRowBytes);
+      if constexpr (kClean) clear_non_finite<fp32>(rV[0]), clear_non_finite<fp32>(rV[1]);
+      const Split<4> a(rP[step]), b0(rV[0]), b1(rV[1]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t from =
-            Rows::advance(even, 4 * n + 2 * half) + step * Traits::kDepth * Rows::kRowBytes;
-        rV[2 * half] = load_shared_4(from);
-        rV[2 * half + 1] = load_shared_4((from ^ 16) + Rows::kRowBytes);
+      for (int i = 0; i < 4; ++i) {
+        sums[i].add(a, b0.high[i], b1.high[i], b0.low[i], b1.low[i]);
       }
-      if constexpr (kClean) clear_non_finite<fp32>(rV);
-      const Split<4> a(rP), b(rV);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) sums[half].add(a, b, half);
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) O[0][2 * n + half][e] += sums[half].total(e);
+      for (int e = 0; e < 4; ++e) O[0][4 * group + i][e] += sums[i].total(e);
     }
   }
 }
 
-// O += P V_j. The accumulator layout of S is the operand layout of P: it never leaves registers.
-// kClean: values of V that are not finite count as 0.
+// O += P V_j, with P = exp(S - reference). kClean: values of V that are not finite count as 0.
 template <class Traits, bool kClean = false>
 __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
-                                        const typename Traits::Scores& P, Shared<Traits>& smem,
-                                        int j) {
+                                        const typename Traits::Scores& S, Softmax<Traits>& softmax,
+                                        Shared<Traits>& smem, int j) {
   using Element = typename Traits::Element;
   using Rows = typename Traits::Rows;
   const int lane = threadIdx.x % 32;
   if constexpr (Traits::kFloat32) {
-    gemm_pv_fp32<Traits, kClean>(O, P, smem.v(j));
+    gemm_pv_fp32<Traits, kClean>(O, S, softmax, smem.v(j));
   } else {
+    constexpr int kPairs = Traits::kTilesV / 2;  // of columns: one load of V each
     const uint32_t sV = smem.v(j) + Rows::offset(lane % 16, lane / 16);
+    Weights<Traits> weights(S, softmax);
 #pragma unroll
     for (int step = 0; step < Traits::kStepsPV; ++step) {
-      uint32_t rP[Traits::kTilesQ][4];  // (kRowsPerWarp, 16)
+      auto& rP = weights.rP[step % 2];  // (kRowsPerWarp, 16)
 #pragma unroll
-      for (int m = 0; m < Traits::kTilesQ; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float(&pair)[4] = P[m][2 * step + i / 2];
-          rP[m][i] = pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < Traits::kTilesV / 2; ++n) {
+      for (int n = 0; n < kPairs; ++n) {
         uint32_t rV[4];  // (16, 16)
         ldmatrix_x4_trans(rV, Rows::advance(sV, 2 * n) + step * 16 * Rows::kRowBytes);
         if constexpr (kClean) clear_non_finite<Element>(rV);
@@ -202,6 +215,7 @@ __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
             mma_m16n8k16<Element>(O[m][2 * n + half], rP[m], rV[2 * half], rV[2 * half + 1]);
           }
         }
+        weights.advance(S, softmax, step + 1, n, kPairs);
       }
     }
   }

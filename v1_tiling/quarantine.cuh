@@ -1,4 +1,5 @@
-// Values of V that are NaN or infinite reach the rows that see them, and no other: 0 times NaN is NaN.
+// Values of V that are NaN or infinite reach the rows that see them, and no other: 0 times NaN is
+// NaN.
 #pragma once
 
 #include "common/reduce.cuh"
@@ -26,13 +27,15 @@ struct NonFinite {
   __device__ __forceinline__ bool any() const { return (sum & 0x7fff7fffu) != 0; }
 };
 
-// Two neighbouring elements of a row in shared memory.
-template <class Element>
-__device__ __forceinline__ float2 load_pair(uint32_t address) {
+template <class Element, class Rows>
+__device__ __forceinline__ float load_element(uint32_t base, int row, int column) {
+  const int byte = column * int(sizeof(Element));
+  const uint32_t word = load_shared_4(base + Rows::offset(row, byte / 16) + byte % 16 / 4 * 4);
   if constexpr (sizeof(Element) == 4) {
-    return {__uint_as_float(load_shared_4(address)), __uint_as_float(load_shared_4(address + 4))};
+    return __uint_as_float(word);
   } else {
-    return unpack<Element>(load_shared_4(address));
+    const float2 pair = unpack<Element>(word);
+    return column % 2 == 0 ? pair.x : pair.y;
   }
 }
 
@@ -56,9 +59,9 @@ __device__ __forceinline__ bool poisoned(const Shared<Traits>& smem, int j) {
 // being multiplied.
 template <class Traits>
 __device__ __forceinline__ void gemm_pv_poisoned(typename Traits::Output& O,
-                                                 const typename Traits::Scores& P,
-                                                 Shared<Traits>& smem, const Tile<Traits>& tile,
-                                                 int j) {
+                                                 const typename Traits::Scores& S,
+                                                 Softmax<Traits>& softmax, Shared<Traits>& smem,
+                                                 const Tile<Traits>& tile, int j) {
   using Element = typename Traits::Element;
   using Rows = typename Traits::Rows;
   const int lane = opaque(threadIdx.x % 32);
@@ -66,23 +69,24 @@ __device__ __forceinline__ void gemm_pv_poisoned(typename Traits::Output& O,
   for (int key = 0; key < Traits::kBlockKV; ++key) {
 #pragma unroll
     for (int n = 0; n < Traits::kTilesV; ++n) {
-      const int column = (n * 8 + lane % 4 * 2) * int(sizeof(Element));  // in bytes
-      const float2 v =
-          load_pair<Element>(smem.v(j) + Rows::offset(key, column / 16) + column % 16);
-      if (isfinite(v.x) && isfinite(v.y)) continue;
 #pragma unroll
-      for (int m = 0; m < Traits::kTilesQ; ++m) {
+      for (int half = 0; half < 2; ++half) {
+        const int column = output_column<Traits>(n, half, lane);
+        const float v = load_element<Element, Rows>(smem.v(j), key, column);
+        if (isfinite(v)) continue;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = tile.warp_row + m * 16 + e / 2 * 8 + lane / 4;
-          const float value = e % 2 == 0 ? v.x : v.y;
-          const bool seen = tile.sequence.visible(row, j * Traits::kBlockKV + key);
-          if (seen && !isfinite(value)) O[m][n][e] += value;
+        for (int m = 0; m < Traits::kTilesQ; ++m) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int row = tile.warp_row + m * 16 + h * 8 + lane / 4;
+            const bool seen = tile.sequence.visible(row, j * Traits::kBlockKV + key);
+            if (seen) O[m][n][2 * h + half] += v;
+          }
         }
       }
     }
   }
-  gemm_pv<Traits, true>(O, P, smem, j);
+  gemm_pv<Traits, true>(O, S, softmax, smem, j);
 }
 
 }  // namespace flash::v1

@@ -51,33 +51,34 @@ __device__ __forceinline__ void mask(typename Traits::Scores& S, const Tile<Trai
   }
 }
 
-// The state of the rows of one warp; lanes of a quad share rows.
+// The state of the rows of one warp; lanes of a quad share rows. Everything here is in powers of 2.
 template <class Traits>
 struct Softmax {
   static constexpr float kLog2e = 1.4426950408889634f;
   static constexpr float kLn2 = 0.6931471805599453f;
+  static constexpr float kNothingSeen = -1e30f;
   // P may exceed 1 by up to 2^kSlack before the reference moves: most blocks then need no rescale.
   static constexpr float kSlack = 8.0f;
+  using RowValues = float[Traits::kTilesQ][2];
 
-  float reference[Traits::kTilesQ][2];  // at least the largest score so far, less the slack
-  float row_sum[Traits::kTilesQ][2];    // this lane's share of the sum of P
-  float factor[Traits::kTilesQ][2];     // of the last change of reference
-  float scale_log2;                     // from scores to powers of two
-  bool moved;                           // did the last update change a reference in this warp?
-  bool resumed;  // O is still the mean that an earlier visit left, and each lane holds whole sums
+  RowValues reference;  // what P is relative to: the largest exponent so far, or up to kSlack less
+  RowValues row_sum;    // this lane's share of the sum of P
+  RowValues factor;     // by which O follows
+  bool moved;           // did the last update move a reference of this warp?
+  bool resumed;         // O is still the mean that the last visit left, row_sum the whole sum
+  float scale;          // from scores to exponents
 
-  __device__ __forceinline__ explicit Softmax(const ForwardParams& p) {
-    scale_log2 = Traits::kFeatured ? kLog2e : p.scale * kLog2e;
-  }
+  __device__ __forceinline__ explicit Softmax(const ForwardParams& p)
+      : scale(Traits::kFeatured ? kLog2e : p.scale * kLog2e) {}
 
-  // No key was seen yet.
+  // At the first visit: no key was seen.
   __device__ __forceinline__ void start(typename Traits::Output& O) {
     resumed = false;
 #pragma unroll
     for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        reference[m][h] = -CUDART_INF_F;
+        reference[m][h] = kNothingSeen;
         row_sum[m][h] = 0.0f;
       }
 #pragma unroll
@@ -88,34 +89,48 @@ struct Softmax {
     }
   }
 
-  // The exponent of the reference; 0 while a row has seen no key.
-  __device__ __forceinline__ float offset(int m, int h) const {
-    return reference[m][h] == -CUDART_INF_F ? 0.0f : reference[m][h] * scale_log2;
-  }
-
-  // S becomes P = exp(scale * S - reference), and the sums grow by it.
-  __device__ __forceinline__ void update(typename Traits::Scores& S) {
-    move_reference(S);
+  // The references move to the largest scores, once these outgrow them in any row of the warp.
+  __device__ __forceinline__ void update(const typename Traits::Scores& S) {
+    RowValues largest;
+    bool outgrown = resumed;
 #pragma unroll
     for (int m = 0; m < Traits::kTilesQ; ++m) {
-      const float offsets[2] = {offset(m, 0), offset(m, 1)};
-      float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int n = 0; n < Traits::kTilesKV; ++n) {
+      for (int h = 0; h < 2; ++h) {
+        factor[m][h] = 1.0f;
+        largest[m][h] = fmaxf(S[m][0][2 * h], S[m][0][2 * h + 1]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          S[m][n][e] = fast_exp2(fmaf(S[m][n][e], scale_log2, -offsets[e / 2]));
-          sum[e / 2] += S[m][n][e];
+        for (int n = 1; n < Traits::kTilesKV; ++n) {
+          largest[m][h] = fmaxf(largest[m][h], fmaxf(S[m][n][2 * h], S[m][n][2 * h + 1]));
         }
+        outgrown |= fmaf(largest[m][h], scale, -reference[m][h]) > kSlack;
       }
-      row_sum[m][0] += sum[0], row_sum[m][1] += sum[1];
     }
+    moved = __any_sync(kFullWarp, outgrown);
+    if (!moved) return;
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesQ; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float old = reference[m][h];
+        reference[m][h] = fmaxf(old, quad_max(largest[m][h]) * scale);
+        factor[m][h] = fast_exp2(old - reference[m][h]);
+        const float sum = row_sum[m][h] * factor[m][h];
+        if (resumed) factor[m][h] = sum;  // makes O a sum again
+        row_sum[m][h] = resumed && threadIdx.x % 4 != 0 ? 0.0f : sum;
+      }
+    }
+    resumed = false;
   }
 
   // O follows the reference.
   __device__ __forceinline__ void rescale(typename Traits::Output& O) const {
-    if (!moved) return;
-    multiply(O, factor);
+    if (moved) multiply(O, factor);
+  }
+
+  // P = exp(S - reference) of one element.
+  __device__ __forceinline__ float probability(float S, int m, int h) const {
+    return fast_exp2(fmaf(S, scale, -reference[m][h]));
   }
 
   // O becomes the weighted mean of V over all keys so far: a division at the end of every visit.
@@ -131,46 +146,13 @@ struct Softmax {
     multiply(O, factor);
   }
 
-  // log(sum(exp(scale * S))); -inf for a row that saw no key. Valid after normalize.
+  // log(sum(exp(S))); -inf for a row that saw no key. Valid after normalize.
   __device__ __forceinline__ float lse(int m, int h) const {
-    return row_sum[m][h] == 0.0f ? -CUDART_INF_F : offset(m, h) * kLn2 + logf(row_sum[m][h]);
+    return row_sum[m][h] == 0.0f ? -CUDART_INF_F : fmaf(reference[m][h], kLn2, logf(row_sum[m][h]));
   }
 
  private:
-  __device__ __forceinline__ void move_reference(const typename Traits::Scores& S) {
-    float largest[Traits::kTilesQ][2];
-    for (auto& f : factor) f[0] = f[1] = 1.0f;
-    bool outgrown = resumed;
-#pragma unroll
-    for (int m = 0; m < Traits::kTilesQ; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        largest[m][h] = fmaxf(S[m][0][2 * h], S[m][0][2 * h + 1]);
-#pragma unroll
-        for (int n = 1; n < Traits::kTilesKV; ++n) {
-          largest[m][h] = fmaxf(largest[m][h], fmaxf(S[m][n][2 * h], S[m][n][2 * h + 1]));
-        }
-        outgrown |= (largest[m][h] - reference[m][h]) * scale_log2 > kSlack;
-      }
-    }
-    moved = __any_sync(kFullWarp, outgrown);
-    if (!moved) return;
-#pragma unroll
-    for (int m = 0; m < Traits::kTilesQ; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float old = reference[m][h];
-        reference[m][h] = fmaxf(old, quad_max(largest[m][h]));
-        const float shrink = fast_exp2(old * scale_log2 - offset(m, h));
-        factor[m][h] = resumed ? row_sum[m][h] * shrink : shrink;
-        row_sum[m][h] = resumed && threadIdx.x % 4 != 0 ? 0.0f : row_sum[m][h] * shrink;
-      }
-    }
-    resumed = false;
-  }
-
-  static __device__ __forceinline__ void multiply(typename Traits::Output& O,
-                                                  const float (&by)[Traits::kTilesQ][2]) {
+  static __device__ __forceinline__ void multiply(typename Traits::Output& O, const RowValues& by) {
 #pragma unroll
     for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
@@ -178,6 +160,43 @@ struct Softmax {
 #pragma unroll
         for (int e = 0; e < 4; ++e) multiply_here(O[m][n][e], by[m][e / 2]);
       }
+    }
+  }
+};
+
+// P as operands of the second product, 16 keys at a time: the accumulator layout of S is the
+// operand layout of P. P of the next 16 keys is formed between the products of this one, so that
+// both units work.
+template <class Traits>
+struct Weights {
+  static constexpr int kOperands = 4 * Traits::kTilesQ;  // registers of P for 16 keys
+  using Scores = typename Traits::Scores;
+
+  uint32_t rP[2][Traits::kTilesQ][4];  // (kRowsPerWarp, 16), this step and the next
+
+  __device__ __forceinline__ Weights(const Scores& S, Softmax<Traits>& softmax) {
+    prepare(S, softmax, 0, 0, kOperands);
+  }
+
+  // Part `now` of `parts` of the work towards the operands of `step`.
+  __device__ __forceinline__ void advance(const Scores& S, Softmax<Traits>& softmax, int step,
+                                          int now, int parts) {
+    if (step == Traits::kStepsPV) return;
+    prepare(S, softmax, step, now * kOperands / parts, (now + 1) * kOperands / parts);
+  }
+
+ private:
+  __device__ __forceinline__ void prepare(const Scores& S, Softmax<Traits>& softmax, int step,
+                                          int begin, int end) {
+#pragma unroll
+    for (int k = begin; k < end; ++k) {
+      const int m = k / 4, i = k % 4, h = i % 2;
+      const float (&pair)[4] = S[m][2 * step + i / 2];
+      const float low = softmax.probability(pair[2 * h], m, h);
+      const float high = softmax.probability(pair[2 * h + 1], m, h);
+      softmax.row_sum[m][h] += low;
+      softmax.row_sum[m][h] += high;
+      rP[step % 2][m][i] = pack<typename Traits::Element>(low, high);
     }
   }
 };

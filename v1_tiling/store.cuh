@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
+#include "v1_tiling/gemm.cuh"
 #include "v1_tiling/load.cuh"
 #include "v1_tiling/softmax.cuh"
 
@@ -24,14 +25,34 @@ __device__ __forceinline__ void store_lse(const Softmax<Traits>& softmax, const 
   }
 }
 
-// Two neighbouring elements of a row into shared memory.
-template <class Element>
-__device__ __forceinline__ void store_pair(uint32_t address, float x, float y) {
-  if constexpr (sizeof(Element) == 4) {
-    store_shared_4(address, __float_as_uint(x));
-    store_shared_4(address + 4, __float_as_uint(y));
-  } else {
-    store_shared_4(address, pack<Element>(x, y));
+// O from accumulators to shared memory, as rows of elements.
+template <class Traits>
+__device__ __forceinline__ void stage_output(const typename Traits::Output& O, uint32_t sO) {
+  using Rows = typename Traits::Rows;
+  const int lane = opaque(threadIdx.x % 32);
+#pragma unroll
+  for (int m = 0; m < Traits::kTilesQ; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = m * 16 + h * 8 + lane / 4;
+      if constexpr (Traits::kFloat32) {
+#pragma unroll
+        for (int n = 0; n < Traits::kTilesV; n += 4) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            store_shared_16(sO + Rows::offset(row, output_column<Traits>(n, e, lane) / 4),
+                            {__float_as_uint(O[m][n][e]), __float_as_uint(O[m][n + 1][e]),
+                             __float_as_uint(O[m][n + 2][e]), __float_as_uint(O[m][n + 3][e])});
+          }
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < Traits::kTilesV; ++n) {
+          store_shared_4(sO + Rows::offset(row, n) + lane % 4 * 4,
+                         pack<typename Traits::Element>(O[m][n][2 * h], O[m][n][2 * h + 1]));
+        }
+      }
+    }
   }
 }
 
@@ -102,18 +123,7 @@ __device__ __forceinline__ void store_output(const typename Traits::Output& O, S
   const int lane = opaque(threadIdx.x % 32);
   const uint32_t sO = opaque(smem.q());
   __syncwarp();  // no lane reads Q any more
-#pragma unroll
-  for (int m = 0; m < Traits::kTilesQ; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int n = 0; n < Traits::kTilesV; ++n) {
-        const int column = (n * 8 + lane % 4 * 2) * int(sizeof(Element));  // in bytes
-        store_pair<Element>(sO + Rows::offset(m * 16 + h * 8 + lane / 4, column / 16) + column % 16,
-                            O[m][n][2 * h], O[m][n][2 * h + 1]);
-      }
-    }
-  }
+  stage_output<Traits>(O, sO);
   __syncwarp();  // the warp's rows of O are complete in shared memory
 
   Element* gO = static_cast<Element*>(p.o.data) + tile.batch * p.o.batch + tile.head * p.o.head +

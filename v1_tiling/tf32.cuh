@@ -5,17 +5,20 @@
 
 namespace flash::v1 {
 
-// An fp32 fragment is the sum of two tf32 fragments, but for its last two or three bits: its
-// leading bits, rounded to nearest, and what is left.
+// An fp32 fragment as the sum of two tf32 fragments, but for its last two or three bits: matrix
+// instructions cut `high` to its leading bits themselves; `low` is what that leaves, and half a bit
+// more, since they will cut it too.
 template <int kSize>
 struct Split {
   uint32_t high[kSize], low[kSize];
 
   __device__ __forceinline__ explicit Split(const uint32_t (&x)[kSize]) {
+    constexpr float kHalfBitMore = 1.0f + 0x1p-22f;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      high[i] = (x[i] + 0x1000u) & 0xffffe000u;
-      low[i] = __float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i]));
+      high[i] = x[i];
+      const float leading = __uint_as_float(x[i] & 0xffffe000u);
+      low[i] = __float_as_uint(fmaf(__uint_as_float(x[i]), kHalfBitMore, -leading));
     }
   }
 };
@@ -26,10 +29,11 @@ struct Split {
 struct Tf32Sum {
   float leading[4] = {}, rest[4] = {};
 
-  __device__ __forceinline__ void add(const Split<4>& a, const Split<4>& b, int half) {
-    mma_m16n8k8_tf32(rest, a.low, b.high[2 * half], b.high[2 * half + 1]);
-    mma_m16n8k8_tf32(rest, a.high, b.low[2 * half], b.low[2 * half + 1]);
-    mma_m16n8k8_tf32(leading, a.high, b.high[2 * half], b.high[2 * half + 1]);
+  __device__ __forceinline__ void add(const Split<4>& a, uint32_t high0, uint32_t high1,
+                                      uint32_t low0, uint32_t low1) {
+    mma_m16n8k8_tf32(rest, a.low, high0, high1);
+    mma_m16n8k8_tf32(rest, a.high, low0, low1);
+    mma_m16n8k8_tf32(leading, a.high, high0, high1);
   }
   __device__ __forceinline__ float total(int e) const { return leading[e] + rest[e]; }
 };
