@@ -93,7 +93,9 @@ def findings(folder: Path, version: str) -> list[str]:
         text = report.read_text()
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
         print(f"  {report.stem}: at most {max(registers, default=0)} registers")
-        bad += [f"{report.stem}: {line.strip()}" for line in text.splitlines() if spill.search(line)]
+        bad += [
+            f"{report.stem}: {line.strip()}" for line in text.splitlines() if spill.search(line)
+        ]
     return bad
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench import digest, record
-from bench.peers import FP8_NAMES, NAMES, OURS, Case, competitor, draw, error
+from bench.peers import FP8_NAMES, NAMES, OURS, Case, competitor, draw, error, present
 from bench.timing import Board, Stopwatch
 
 SHARED_TESTS = ("test_properties", "test_forward", "test_backward", "test_schedules", "test_ops")
@@ -161,7 +161,7 @@ def competitors(asked: str | None, alone: bool, case: Case) -> list[str]:
     chosen = list(OURS) if asked in (None, "all") else asked.split(",")
     peers = [] if alone else [name for name in NAMES if name not in OURS]
     able = FP8_NAMES if case.dtype == "float8_e4m3fn" else NAMES
-    return [name for name in able if name in {*chosen, *peers}]
+    return [name for name in able if name in {*chosen, *peers} and present(name)]
 
 
 def run_benches(folder: Path, head: dict[str, Any], board: Board, args: argparse.Namespace) -> None:

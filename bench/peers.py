@@ -110,6 +110,19 @@ def error(found: tuple[Tensor, ...], inputs: Inputs) -> float:
 Run = Callable[[], tuple[Tensor, ...]]
 
 
+@cache
+def present(name: str) -> bool:
+    """A peer that is no part of torch is installed here."""
+    if name == "fa3":
+        library = os.environ.get("FLASH_PEER_FA3")
+        return bool(library) or importlib.util.find_spec("flash_attn_interface") is not None
+    if name == "fa4":
+        package = importlib.util.find_spec("flash_attn")
+        places = (package.submodule_search_locations or []) if package else []
+        return any(os.path.isdir(os.path.join(place, "cute")) for place in places)
+    return True
+
+
 def competitor(name: str, case: Case, x: Inputs) -> Run:
     """A call without arguments that computes the case; it raises where it is not supported."""
     if name in OURS:

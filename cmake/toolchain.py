@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OLDEST_NVCC = (12, 4)
+DEFAULT_NVCC = Path("/usr/local/cuda/bin/nvcc")
 # The compiler as PyPI wheels. All five are pinned: the nvcc wheel leaves its own parts unpinned.
 NVCC_WHEELS = [
     "nvidia-cuda-nvcc==13.0.88",
@@ -68,7 +69,7 @@ def system_nvcc() -> Compiler | None:
         os.environ.get("CUDACXX"),
         f"{home}/bin/nvcc" if home else None,
         shutil.which("nvcc"),
-        "/usr/local/cuda/bin/nvcc",
+        DEFAULT_NVCC,
     ]
     for candidate in candidates:
         if candidate and Path(candidate).exists():

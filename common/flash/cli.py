@@ -1,9 +1,8 @@
-"""The `flash` command: imports nothing but the standard library until it knows that it can run."""
+"""The `flash` command: looks for its own dependencies before it imports them."""
 
 from __future__ import annotations
 
 import importlib.util
-import platform
 import sys
 
 NEEDED = ("rich", "typer")
@@ -16,9 +15,6 @@ def main() -> None:
             f"flash: the command line needs {' and '.join(missing)}, which the core does without:\n"
             "  pip install 'flash-generations[cli]'"
         )
-    if importlib.util.find_spec("torch") is None:
-        where = f"{platform.system()} {platform.machine()}"
-        sys.exit(f"flash: there is no PyTorch here ({where}):\n  pip install 'torch>=2.6'")
     from flash.cli_app import app
 
     app()

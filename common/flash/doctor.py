@@ -67,9 +67,10 @@ def clashes() -> list[Finding]:
             others.append(name)
     if not others:
         return [Finding("import flash", OK, f"is {DISTRIBUTION}, from {here}")]
-    text = f"{', '.join(sorted(set(others)))} also installs a package called flash"
-    return [Finding("import flash", PROBLEM, text, f"pip uninstall {' '.join(sorted(set(others)))}, "
-                    f"then pip install --force-reinstall {DISTRIBUTION}")]  # fmt: skip
+    names = " ".join(sorted(set(others)))
+    remedy = f"pip uninstall {names}, then pip install --force-reinstall {DISTRIBUTION}"
+    text = f"also installed a package called flash: {names}"
+    return [Finding("import flash", PROBLEM, text, remedy)]
 
 
 def devices() -> list[Finding]:

@@ -1,4 +1,4 @@
-"""The mask as a picture by tiles: which are computed in full, which need a mask, which are skipped."""
+"""The mask as a picture by tiles: computed in full, computed under the mask, or skipped."""
 
 from __future__ import annotations
 

@@ -1,0 +1,193 @@
+"""Writes the tables of README.md and of bench/results/<gpu>/README.md; nobody writes them by hand.
+
+`python -m bench.tables` rewrites them from the capability table and the recorded results,
+`python -m bench.tables --check` only says which are stale.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import record
+from bench.digest import ROOT
+
+ORDER = ("v1", "v2", "v3", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
+OVERVIEW_SEQLEN = 8192
+Row = dict[str, Any]
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def support() -> str:
+    """What every generation serves, one line per row of the capability table."""
+    import flash
+
+    rows = []
+    for name, table in flash.capabilities().items():
+        if name in ("torch", "reference"):
+            continue
+        for row in table.rows:
+            dims = [", ".join(_dims(row.dims(way))) or "–" for way in ("forward", "backward")]
+            rows.append((f"`{name}`", row.where(), ", ".join(row.dtypes), *dims))
+    columns = ("backend", "compute capability", "dtypes", "head dims forward", "backward")
+    features = [
+        f"- `{name}`: {', '.join(table.features)}" for name, table in flash.capabilities().items()
+    ]
+    note = (
+        "Head dims are those compiled; any multiple of 8 up to the largest is padded on chip. "
+        "`torch` and `reference` take every dtype and head dim on every device."
+    )
+    return "\n".join([markdown(columns, rows), "", note, "", *features])
+
+
+def _dims(pairs: Iterable[tuple[int, int]]) -> list[str]:
+    return [str(d) if d == dv else f"({d}, {dv})" for d, dv in pairs]
+
+
+def folders(results: Path) -> list[Path]:
+    return sorted(path for path in results.glob("*") if any(path.glob("*.json")))
+
+
+def speeds(content: Row, seqlens: Sequence[int] = ()) -> str:
+    """TFLOP/s of every competitor, one line per head dim, mask and length."""
+    rows: list[Row] = [r for r in content["rows"] if not seqlens or r["seqlen"] in seqlens]
+    names = [name for name in ORDER if any(row["competitor"] == name for row in rows)]
+    cases = sorted({(r["head_dim"], r["mask"] != "full", r["seqlen"]) for r in rows})
+    lines = []
+    for dim, causal, seqlen in cases:
+        mask = "causal" if causal else "full"
+        cells = {
+            r["competitor"]: f"{r['tflops']:.0f}"
+            for r in rows
+            if (r["head_dim"], r["mask"], r["seqlen"]) == (dim, mask, seqlen)
+        }
+        lines.append((dim, mask, seqlen, *(cells.get(name, "–") for name in names)))
+    return markdown(("d", "mask", "S", *names), lines)
+
+
+def worst_errors(content: Row) -> str:
+    worst: dict[str, float] = {}
+    for row in content["rows"]:
+        name = row["competitor"]
+        worst[name] = max(worst.get(name, 0.0), row["error"])
+    shown = ", ".join(f"{name} {worst[name]:.1e}" for name in ORDER if name in worst)
+    return f"Largest relative L2 error against fp64: {shown}."
+
+
+def heading(content: Row) -> str:
+    e = content["environment"]
+    parts = [e["gpu"], f"driver {e.get('driver', '?')}", f"torch {e['torch']}", f"CUDA {e['cuda']}",
+             f"cuDNN {e['cudnn']}"]  # fmt: skip
+    dates = sorted(row["date"][:10] for row in content["rows"])
+    return f"{', '.join(parts)}; {dates[0]} to {dates[-1]}."
+
+
+def title(path: Path) -> str:
+    direction, dtype = path.stem.split("_", 1)
+    return f"{direction.capitalize()}, {dtype}, TFLOP/s"
+
+
+def tested(folder: Path) -> str:
+    versions = record.read(folder / "tests.json").get("versions", {})
+    lines = [
+        (f"`{name}`", found["passed"], found["failed"], found["digest"], found["date"][:10])
+        for name, found in sorted(versions.items())
+    ]
+    return markdown(("version", "passed", "failed", "sources", "date"), lines) if lines else ""
+
+
+def overview(results: Path) -> str:
+    """The README's share: one length per head dim and mask; the rest stands beside the data."""
+    parts = []
+    for folder in folders(results):
+        link = f"bench/results/{folder.name}"
+        for path in speed_files(folder):
+            content = record.read(path)
+            if any(row["seqlen"] == OVERVIEW_SEQLEN for row in content["rows"]):
+                parts += [f"**{title(path)}** — {heading(content)}", "",
+                          speeds(content, [OVERVIEW_SEQLEN]), "",
+                          worst_errors(content), ""]  # fmt: skip
+        parts += [f"16384 tokens, 2048 / d heads, N(0, 1), median of a burst; all lengths, the "
+                  f"tests that passed and the raw data: [{link}]({link}/README.md)."]  # fmt: skip
+    return "\n".join(parts) or "Nothing has been measured yet."
+
+
+def speed_files(folder: Path) -> list[Path]:
+    return [
+        path for way in ("forward", "backward") for path in sorted(folder.glob(f"{way}_*.json"))
+    ]
+
+
+def page(folder: Path) -> str:
+    """bench/results/<gpu>/README.md."""
+    parts = [f"# {folder.name}", "", "Written by `python -m bench.tables` from the files here."]
+    if tested(folder):
+        parts += ["", "## GPU tests", "", tested(folder)]
+    for path in speed_files(folder):
+        content = record.read(path)
+        parts += ["", f"## {title(path)}", "", heading(content), "", speeds(content), "",
+                  worst_errors(content)]  # fmt: skip
+    sustained = record.read(folder / "sustained.json")
+    if sustained.get("rows"):
+        parts += ["", "## Under seconds of load, S = 8192", "", load_table(sustained)]
+    return "\n".join(parts) + "\n"
+
+
+def load_table(content: Row) -> str:
+    columns = ("direction", "d", "backend", "TFLOP/s", "SM MHz", "W", "J per call")
+    rows = []
+    for row in content["rows"]:
+        cells = [row["direction"], row["head_dim"], row["competitor"], f"{row['tflops']:.0f}"]
+        for name, digits in (("clock_mhz", 0), ("power_w", 0), ("joules", 3)):
+            cells.append(f"{row[name]:.{digits}f}" if name in row else "–")
+        rows.append(cells)
+    return markdown(columns, rows)
+
+
+def filled(text: str, results: Path) -> str:
+    """README text with the content between its markers replaced."""
+    tables = {"support": support, "results": lambda: overview(results)}
+
+    def put(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", put, text, flags=re.S)
+
+
+def wanted(root: Path = ROOT) -> dict[Path, str]:
+    """Every generated page and what it should hold."""
+    results = root / "bench" / "results"
+    readme = root / "README.md"
+    pages = {folder / "README.md": page(folder) for folder in folders(results)}
+    return {readme: filled(readme.read_text(), results), **pages}
+
+
+def stale(root: Path = ROOT) -> list[Path]:
+    return [
+        path
+        for path, text in wanted(root).items()
+        if not path.is_file() or path.read_text() != text
+    ]
+
+
+def main() -> int:
+    old = stale()
+    if "--check" in sys.argv[1:]:
+        print("\n".join(f"stale: {path}" for path in old) or "tables: up to date")
+        return int(bool(old))
+    for path, text in wanted().items():
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
