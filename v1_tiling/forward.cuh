@@ -13,18 +13,16 @@ namespace flash::v1 {
 template <class Traits>
 __device__ __forceinline__ void visit(Shared<Traits>& smem, const ForwardParams& p,
                                       const Grid& grid, const Tile<Traits>& tile, Range pass,
-                                      bool is_last_turn) {
+                                      int turn) {
+  const bool last_turn = turn == grid.turns - 1;
   Query<Traits> Q(smem);      // (kRowsPerWarp, kHeadDim)
   typename Traits::Output O;  // (kRowsPerWarp, kHeadDim) fp32, registers
   typename Traits::Scores S;  // (kRowsPerWarp, kBlockKV) fp32, registers
   Softmax<Traits> softmax(p);
 
-  if (!tile.absent) {
-    load_q(smem, p, tile);
-    load_state(O, softmax, p, grid, tile);
-    wait_q(smem);
-    Q.keep();
-  }
+  if (!tile.absent) load_state(O, softmax, p, grid, tile);
+  wait_q(smem);
+  Q.keep();
 
   for (int j = pass.begin; j < pass.end; ++j) {
     wait_kv(smem, j);
@@ -42,13 +40,19 @@ __device__ __forceinline__ void visit(Shared<Traits>& smem, const ForwardParams&
         gemm_pv<Traits>(O, S, softmax, smem, j);
       }
     }
-    if (is_last_turn) release_kv(smem, p, tile, pass, j);
+    if (last_turn) release_kv(smem, p, tile, pass, j);
   }
 
+  // The next Q block comes while this one leaves; but a finished O leaves through its place.
+  const bool more = !last_turn || pass.end < tile.blocks.end;
+  const int next = Tile<Traits>::q_block_of(grid, last_turn ? 0 : turn + 1);
+  const bool finished = tile.last && !tile.absent;
+  if (more && !finished) load_q(smem, p, tile, next);
   if (!tile.absent) {
     softmax.normalize(O);  // divides by the sum at every visit
     store_state(O, softmax, smem, p, grid, tile);
   }
+  if (more && finished) load_q(smem, p, tile, next);
 }
 
 template <class Traits>
@@ -59,18 +63,19 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1)
     Shared<Traits> smem(grid.stages);
     auto& tile = smem.template tile<Tile<Traits>>();
     for (int round = 0; grid.tile(round) < grid.tiles; ++round) {
+      __syncwarp();  // no lane reads the last tile any more
       tile = Tile<Traits>(p, grid, grid.tile(round));
       __syncwarp();  // every lane sees the tile
       if (tile.empty()) continue;
       smem.ring.restart(tile.blocks.begin);
+      load_q(smem, p, tile, Tile<Traits>::q_block_of(grid, 0));
       for (int s = 0; s < grid.stages; ++s) load_kv(smem, p, tile, tile.blocks.begin + s);
 
       Range pass = tile.first_pass();
       do {
         for (int turn = 0; turn < grid.turns; ++turn) {
           tile.visit(grid, pass, turn);
-          __syncwarp();  // every lane sees the visit
-          visit(smem, p, grid, tile, pass, turn == grid.turns - 1);
+          visit(smem, p, grid, tile, pass, turn);
         }
         smem.ring.advance(pass.end);
         pass = tile.next_pass(pass);

@@ -49,16 +49,17 @@ __device__ __forceinline__ void load_rows(uint32_t target, const typename Traits
   if (!aligned) __threadfence_block();  // plain stores come before the arrival that follows
 }
 
+// Starts the copy of this warp's Q block number `q_block` of the slice.
 template <class Traits>
 __device__ __forceinline__ void load_q(Shared<Traits>& smem, const ForwardParams& p,
-                                       const Tile<Traits>& tile) {
+                                       const Tile<Traits>& tile, int q_block) {
+  const int row = tile.row + q_block * Traits::kRowsPerWarp;
   const auto* gQ = static_cast<const typename Traits::Element*>(p.q.data) + tile.batch * p.q.batch +
                    tile.head * p.q.head +
-                   (tile.sequence.row_q + tile.warp_row) * p.q.row;  // (kRowsPerWarp, kHeadDim)
+                   (tile.sequence.row_q + row) * p.q.row;  // (kRowsPerWarp, kHeadDim)
   __syncwarp();  // no lane reads the last Q block any more
-  load_rows<Traits, Traits::kRowsPerWarp>(smem.q(), gQ, p.q.row,
-                                          tile.sequence.seqlen_q - tile.warp_row, p.head_dim,
-                                          threadIdx.x % 32, 32);
+  load_rows<Traits, Traits::kRowsPerWarp>(smem.q(), gQ, p.q.row, tile.sequence.seqlen_q - row,
+                                          p.head_dim, threadIdx.x % 32, 32);
   barrier_arrive_copies(smem.q_full());
 }
 

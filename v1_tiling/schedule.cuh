@@ -54,11 +54,17 @@ struct Tile {
     return {pass.end, min(pass.end + resident, blocks.end)};
   }
 
-  // This warp turns to its Q block number `turn`, which meets the K/V blocks of `pass`. Warps take
-  // the blocks of a slice back and forth: even causal work for each.
-  __device__ __forceinline__ void visit(const Grid& grid, Range pass, int turn) {
+  // The Q block of this warp at its turn number `turn`. Warps take the blocks of a slice back and
+  // forth: even causal work for each.
+  static __device__ __forceinline__ int q_block_of(const Grid& grid, int turn) {
     const int warp = threadIdx.x / 32;
-    q_block = turn * grid.warps + (turn % 2 == 0 ? warp : grid.warps - 1 - warp);
+    return turn * grid.warps + (turn % 2 == 0 ? warp : grid.warps - 1 - warp);
+  }
+
+  // This warp turns to that Q block, which meets the K/V blocks of `pass`.
+  __device__ __forceinline__ void visit(const Grid& grid, Range pass, int turn) {
+    __syncwarp();  // no lane reads the last visit any more
+    q_block = q_block_of(grid, turn);
     warp_row = row + q_block * Traits::kRowsPerWarp;
     keys = sequence.keys(warp_row, Traits::kRowsPerWarp);
     const bool blind = keys.end <= keys.begin;  // it sees no key: O = 0, at the first pass
@@ -67,6 +73,7 @@ struct Tile {
     absent = warp_row >= sequence.seqlen_q ||
              (blind ? pass.begin != blocks.begin
                     : pass.begin * kBlockKV >= keys.end || pass.end * kBlockKV <= keys.begin);
+    __syncwarp();  // every lane sees the visit
   }
 
   __device__ __forceinline__ bool warp_sees_all(int j) const {
