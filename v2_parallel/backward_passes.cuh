@@ -7,17 +7,6 @@ namespace flash::v2 {
 
 inline constexpr int kPassThreads = 256;
 
-// Eight 16-bit elements from global memory.
-template <class Element>
-__device__ __forceinline__ uint4 load_chunk(const Element* source, bool aligned) {
-  if (aligned) return *reinterpret_cast<const uint4*>(source);
-  const auto* halves = reinterpret_cast<const uint16_t*>(source);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
-  return uint4{words[0], words[1], words[2], words[3]};
-}
-
 // LSE * log2(e) and delta = rowsum(dO * O) - dLSE for one block of rows, and dQ's zeros.
 template <class Traits>
 __global__ void __launch_bounds__(kPassThreads)

@@ -4,10 +4,14 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
+#include "common/mask.cuh"
 #include "common/params.h"
 #include "common/swizzle.cuh"
 
 namespace flash::v2 {
+
+template <class Traits>
+struct BackwardTile;
 
 // kFeatured serves softcap and rows that are not 16-byte aligned.
 template <class Instance, bool kIsFeatured = false>
@@ -16,8 +20,10 @@ struct BackwardTraits {
   static constexpr bool kFeatured = kIsFeatured;
   static constexpr int kHeadDim = Instance::kHeadDim;
   static constexpr int kBlockQ = 64;
-  static constexpr int kBlockKV = kHeadDim <= 128 ? 128 : 64;
-  static constexpr int kStages = 2;  // of Q and dO
+  static constexpr int kBlockKV = kHeadDim <= 64 ? 128 : 64;
+  static constexpr int kCtasPerSm = kHeadDim <= 128 ? 2 : 1;  // one hides the other's barriers
+  static constexpr int kStages = 2;                           // of Q and its row statistics
+  static constexpr int kStagesDout = kHeadDim == 96 || kHeadDim == 128 ? 1 : 2;
 
   // A warp owns 32 keys. kSplit warps share them: each takes a slice of the query rows in S and
   // dP, and a slice of the channels in dK and dV, so that the accumulators fit in registers.
@@ -26,15 +32,19 @@ struct BackwardTraits {
   static constexpr int kSplit = kHeadDim <= 64 ? 1 : kHeadDim <= 128 ? 2 : 4;
   static constexpr int kWarps = kKeyWarps * kSplit;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kCtasPerSm = kHeadDim <= 64 ? 2 : 1;
   static constexpr int kStepQ = kSplit == 1 ? 32 : kBlockQ;  // rows between two updates of dK, dV
   static constexpr int kWarpQ = kStepQ / kSplit;
   static constexpr int kWarpDim = kHeadDim / kSplit;
+  static constexpr int kScoreTiles = kWarpKeys / 16 * (kWarpQ / 8);  // of 16 x 8, of a warp
 
   // dQ is split over the warps as rows times channels.
-  static constexpr int kDqWarpsQ = kHeadDim == 96 ? 4 : 2;
+  static constexpr int kDqWarpsQ = 2;
   static constexpr int kDqRows = kBlockQ / kDqWarpsQ;
-  static constexpr int kDqDim = kHeadDim / (kWarps / kDqWarpsQ);
+  static constexpr int kDqWarpsDim = kWarps / kDqWarpsQ;
+  static constexpr int kDqDim = kHeadDim / kDqWarpsDim;
+  static constexpr int kDqTiles = kDqRows / 16 * (kDqDim / 8);
+  // dQ is added to memory behind the next step's first product, if registers can hold it until then.
+  static constexpr bool kLateDq = kHeadDim > 128;
   static_assert(kStages * kBlockQ >= kBlockKV, "dQ's kernel keeps the statistics of kBlockKV rows");
   static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 && kDqDim % 16 == 0);
 
@@ -42,15 +52,16 @@ struct BackwardTraits {
   using Scores = SwizzledRows<kBlockQ>;  // P and dS, transposed: (kBlockKV, kBlockQ)
 
   struct Shared {
-    Element k[kBlockKV * kHeadDim];
+    alignas(128) Element k[kBlockKV * kHeadDim];
     Element v[kBlockKV * kHeadDim];
     Element q[kStages][kBlockQ * kHeadDim];
-    Element dout[kStages][kBlockQ * kHeadDim];
+    Element dout[kStagesDout][kBlockQ * kHeadDim];
     Element ds[2][kBlockKV * kBlockQ];
     Element p[kSplit == 1 ? 8 : kBlockKV * kBlockQ];
     float lse[kStages][kBlockQ];  // at least kBlockKV in all
     float delta[kStages][kBlockQ];
-    float poison[kBlockKV];  // NaN for a key that was not finite, else 0
+    BackwardTile<BackwardTraits> tile;  // not in registers, which the accumulators need
+    uint32_t poison[kBlockKV];  // all ones for a key that was not finite, else 0
   };
 };
 
@@ -83,6 +94,55 @@ struct BackwardWorkspace {
     if (p.cu_seqlens_q != nullptr) return (row_q / Traits::kBlockQ + batch) * Traits::kBlockQ;
     return int64_t(batch) * ((p.seqlen_q + Traits::kBlockQ - 1) / Traits::kBlockQ) *
            Traits::kBlockQ;
+  }
+};
+
+// The work of one CTA of the main kernel: a key block of one KV head, and the query blocks that see
+// any of it, for each query head of the group.
+template <class Traits>
+struct BackwardTile {
+  static constexpr int kBlockQ = Traits::kBlockQ, kBlockKV = Traits::kBlockKV;
+
+  int key, head, batch;
+  Sequence sequence;
+  Range keys;      // keys that any row sees
+  Range rows;      // rows that see any key of this block
+  Range blocks;    // query blocks that hold them
+  Range plain;     // query blocks in which every row sees every key of this block
+  int heads;       // query heads that share the KV head
+  int64_t padded;  // first row of the sequence in the workspace
+
+  // Key blocks of one group of heads after another: the group's Q, dO and dQ stay in L2, and
+  // within it the key blocks that causal rows visit most often come first.
+  __device__ __forceinline__ static BackwardTile make(const BackwardParams& p, int key_blocks,
+                                                      int group) {
+    const int all_heads = p.batch * p.heads_kv;
+    const int first_head = int(blockIdx.x / (int64_t(key_blocks) * group)) * group;
+    const int64_t rest = blockIdx.x - int64_t(first_head) * key_blocks;
+    const int heads_here = min(group, all_heads - first_head);
+    const int which = first_head + int(rest % heads_here);
+    return BackwardTile(p, int(rest / heads_here) * kBlockKV, which % p.heads_kv,
+                        which / p.heads_kv);
+  }
+
+  __device__ __forceinline__ int steps() const {
+    return blocks.begin < blocks.end ? heads * (blocks.end - blocks.begin) : 0;
+  }
+
+ private:
+  __device__ __forceinline__ BackwardTile(const BackwardParams& p, int key, int head, int batch)
+      : key(key),
+        head(head),
+        batch(batch),
+        sequence(p, batch),
+        keys(sequence.keys(0, sequence.seqlen_q)),
+        rows(sequence.rows(key, kBlockKV)),
+        blocks{rows.begin / kBlockQ, rows.begin < rows.end ? (rows.end + kBlockQ - 1) / kBlockQ : 0},
+        plain{max(0, key + kBlockKV - 1 - sequence.last + kBlockQ - 1) / kBlockQ,
+              max(0, key + 1 - sequence.first) / kBlockQ},
+        heads(p.heads_q / p.heads_kv),
+        padded(BackwardWorkspace<Traits>::first_row(p, batch, sequence.row_q)) {
+    if (key + kBlockKV > sequence.seqlen_k) plain = {0, 0};
   }
 };
 
