@@ -5,24 +5,42 @@
 #include "v3_hopper/gemm.cuh"
 #include "v3_hopper/guard.cuh"
 #include "v3_hopper/load.cuh"
-#include "v3_hopper/pipe.cuh"
 #include "v3_hopper/softmax.cuh"
 #include "v3_hopper/store.cuh"
+#include "v3_hopper/stream.cuh"
 
 namespace flash::v3 {
 
-// The producer warp: everything is loaded in the order in which consumers need it.
+// Announces tile after tile; those whose rows see no key are finished here.
+template <class Traits>
+__device__ __forceinline__ void announce(const Arguments& args, typename Traits::Shared& shared) {
+  Schedule<Traits> schedule(args);
+  Ring<Traits::kWorkSlots> slot;
+  for (Work work = schedule.next();; work = schedule.next()) {
+    if (work.head >= 0 && is_empty<Traits>(work)) {
+      store_nothing<Traits>(args.p, work);
+      continue;
+    }
+    shared.work_empty[slot.slot].wait(slot.parity ^ 1);
+    if (threadIdx.x % kWarp == 0) {
+      shared.work[slot.slot] = work;
+      shared.work_full[slot.slot].arrive();
+    }
+    slot.advance();
+    if (work.head < 0) return;
+  }
+}
+
+// Loads everything in the order in which consumers need it.
 template <class Traits>
 __device__ __forceinline__ void produce(const Arguments& args, typename Traits::Shared& shared) {
-  Schedule<Traits> schedule(args);
   Loader<Traits> load{args, shared};
-  load.publish(schedule.next());
-  for (;;) {
-    const Work& work = load.published();
+  Ring<Traits::kWorkSlots> slot;
+  for (;; slot.advance()) {
+    shared.work_full[slot.slot].wait(slot.parity);
+    const Work& work = shared.work[slot.slot];
     if (work.head < 0) return;
-    load.publish(schedule.next());  // one tile ahead: consumers never wait for the schedule
     const Range blocks = key_blocks<Traits>(work);
-    if (blocks.begin == blocks.end) continue;
     load.load_k(work, blocks.end - 1);
     load.load_q(work);
     for (int j = blocks.end - 2; j >= blocks.begin; --j) {
@@ -30,77 +48,89 @@ __device__ __forceinline__ void produce(const Arguments& args, typename Traits::
       load.load_v(work, j + 1);
     }
     load.load_v(work, blocks.begin);
+    __syncwarp();
+    if (threadIdx.x == 0) shared.work_empty[slot.slot].arrive();
   }
 }
 
-// One consumer warpgroup: 64 rows of every tile.
+// One consumer warpgroup: 64 rows of every tile. Blocks of all tiles form one stream, so that a new
+// tile's first scores are computed under the last O += P V of the tile before.
 template <class Traits>
 __device__ __forceinline__ void consume(const Arguments& args, typename Traits::Shared& shared,
                                         int consumer) {
   const Scale scale = make_scale<Traits>(args.p);
   Pipes<Traits> pipe{shared, consumer};
-  pipe.first_turn();
-  for (;; pipe.next_work()) {
-    const Work& work = pipe.wait_work();
-    if (work.head < 0) return;
-    const Range blocks = key_blocks<Traits>(work);
-    const int group_row = work.row + consumer * kGroupRows;
-    const Range unmasked = unmasked_blocks<Traits>(work.sequence, group_row);
-    const int row = group_row + threadIdx.x % kGroupThreads / kWarp * 16 + threadIdx.x % kWarp / 4;
+  Stream<Traits> next(pipe);          // the block whose scores come next
+  float rO[Traits::kHeadDimV / 2];    // (64, dv)
+  float rS[Traits::kBlockKV / 2];     // (64, kBlockKV): S, then P
+  uint32_t rP[Traits::kBlockKV / 4];  // (64, kBlockKV): P, 16-bit
+  RowState state = kNoRows, finished;
+  float correction[2];
 
-    float rO[Traits::kHeadDimV / 2];    // (64, dv)
-    float rS[Traits::kBlockKV / 2];     // (64, kBlockKV): S, then P
-    uint32_t rP[Traits::kBlockKV / 4];  // (64, kBlockKV): P, 16-bit
-    RowState state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-    float correction[2], lse[2];
-    clear(rO);
-
-    auto mask_boundary = [&](int j) {
-      feature<Traits>(rS, scale);
-      if (j < unmasked.begin || j >= unmasked.end) {
-        mask<Traits>(rS, work.sequence, row, j * Traits::kBlockKV);
-      }
-    };
-
-    if (blocks.begin < blocks.end) {
-      const auto* sQ = pipe.wait_q();
-      gemm_qk<Traits>(rS, sQ, pipe.wait_k());
-      wgmma_wait<0>();
-      pin(rS);
-      pipe.release_k();
-      mask_boundary(blocks.end - 1);
-      update<Traits, true>(rS, state, correction, scale);
-      pack<Traits>(rP, rS);
-      const auto* sV = pipe.wait_v();
-      for (int j = blocks.end - 2; j >= blocks.begin; --j) {
-        const auto* sK = pipe.wait_k();
-        pipe.take_turn();
-        gemm_qk<Traits>(rS, sQ, sK);  // S(j) and O += P(j+1) V(j+1) run ...
-        gemm_pv<Traits>(rO, rP, sV);
-        pipe.give_turn();
-        wgmma_wait<1>();  // S(j) is there
-        pin(rS);
-        pipe.release_k();
-        mask_boundary(j);
-        const bool risen = update<Traits, false>(rS, state, correction, scale);  // ... under this
-        pin(rS);
-        sV = pipe.wait_v();
-        wgmma_wait<0>();  // O is there, P and V(j+1) are free
-        pin(rO);
-        pipe.release_v();
-        pack<Traits>(rP, rS);
-        if (risen) rescale<Traits>(rO, correction);
-      }
-      pipe.release_q();
-      gemm_pv<Traits>(rO, rP, sV);
-      wgmma_wait<0>();
-      pin(rO);
-      pipe.release_v();
-    }
-    normalize<Traits>(rO, state, lse, scale);
+  auto mask_boundary = [&] {
+    feature<Traits>(rS, scale);
+    if (next.boundary()) mask<Traits>(rS, next.work->sequence, next.row(), next.key());
+  };
+  auto finish = [&](const Work& work, RowState& rows) {
+    float lse[2];
+    normalize<Traits>(rO, rows, lse, scale);
+    const int row = work.row + next.thread_row;
     if (work.poisoned) restore_poison<Traits>(args.p, work, row, rO);
     store_state<Traits>(args.p, work, row, rO, lse);
+    pipe.release_work(work);
+    clear(rO);
+  };
+
+  clear(rO);
+  pipe.first_turn();
+  if (!next.open_tile()) return;
+  gemm_qk<Traits>(rS, pipe.tile_q(), pipe.wait_k());
+  wgmma_wait<0>();
+  pin(rS);
+  pipe.release_k();
+  if (next.last()) pipe.release_q();
+  mask_boundary();
+  update<Traits>(rS, state, correction, scale);
+  exponentials<Traits, 0, 8>(rS, state, scale);
+  pack<Traits>(rP, rS);
+  for (;;) {
+    const Work& work = *next.work;
+    const bool tile_ends = next.last();
+    if (!next.advance()) break;
+    const auto* sK = pipe.wait_k();
+    pipe.take_turn();
+    gemm_qk<Traits>(rS, pipe.tile_q(), sK);  // S of the next block and ...
+    gemm_pv<Traits>(rO, rP, pipe.wait_v());  // ... O += P V of this one run under what follows
+    pipe.give_turn();
+    wgmma_wait<1>();  // S is there
+    pin(rS);
+    pipe.release_k();
+    if (next.last()) pipe.release_q();
+    mask_boundary();
+    if (tile_ends) {
+      finished = state;
+      state = kNoRows;
+    }
+    const bool risen = update<Traits>(rS, state, correction, scale);
+    exponentials<Traits, 0, 4>(rS, state, scale);
+    pin(rS);
+    if (!next.last()) pipe.wait_k();  // and no exponential sinks below the wait for O
+    wgmma_wait<0>();                  // O is there, P and V are free
+    pin(rO);
+    pipe.release_v();
+    if (tile_ends) {
+      finish(work, finished);
+    } else if (risen) {
+      rescale<Traits>(rO, correction);
+    }
+    exponentials<Traits, 4, 8>(rS, state, scale);
+    pack<Traits>(rP, rS);
   }
+  gemm_pv<Traits>(rO, rP, pipe.wait_v());
+  wgmma_wait<0>();
+  pin(rO);
+  pipe.release_v();
+  finish(*next.work, state);
 }
 
 template <class Traits>
@@ -113,8 +143,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   if (warpgroup == 0) {
     shrink_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x < kWarp) {
+    const int role = threadIdx.x / kWarp;
+    if (role == kLoads) {
       produce<Traits>(args, shared);
+    } else if (role == kSchedules) {
+      announce<Traits>(args, shared);
     } else {
       guard<Traits>(args, shared);
     }

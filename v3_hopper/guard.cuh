@@ -60,7 +60,7 @@ __device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, int guard
 // The life of a guard: of every block that needs one, wait until it has landed, clean, hand over.
 template <class Traits>
 __device__ __forceinline__ void guard(const Arguments& args, typename Traits::Shared& shared) {
-  const int guard = threadIdx.x / kWarp - 1;
+  const int guard = threadIdx.x / kWarp - kGuards;
   const bool leader = threadIdx.x % kWarp == 0;
   const bool packed = args.p.cu_seqlens_k != nullptr;
   Ring<Traits::kWorkSlots> slot;

@@ -13,24 +13,6 @@ struct Loader {
   Shared& shared;
   Ring<Traits::kStagesQ> q;
   Ring<Traits::kStages> k, v;
-  Ring<Traits::kWorkSlots> work;  // the next one to publish
-  int current = 0;                // slot of the next one to load
-
-  // Tells guards and consumers what comes next.
-  __device__ __forceinline__ void publish(const Work& next) {
-    shared.work_empty[work.slot].wait(work.parity ^ 1);
-    if (threadIdx.x == 0) {
-      shared.work[work.slot] = next;
-      shared.work_full[work.slot].arrive();
-    }
-    work.advance();
-    __syncwarp();
-  }
-  __device__ __forceinline__ const Work& published() {
-    const Work& next = shared.work[current];
-    current = (current + 1) % Traits::kWorkSlots;
-    return next;
-  }
 
   __device__ __forceinline__ void load_q(const Work& at) {
 #pragma unroll

@@ -9,7 +9,7 @@ template <class Traits>
 __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   for (int i = 0; i < Traits::kWorkSlots; ++i) {
     shared.work_full[i].init(1);
-    shared.work_empty[i].init(Traits::kConsumers + kGuardWarps);
+    shared.work_empty[i].init(Traits::kWorkReaders);
   }
   for (int i = 0; i < Traits::kStagesQ; ++i) {
     for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
@@ -35,20 +35,21 @@ struct Pipes {
   const int consumer;
   Ring<Traits::kWorkSlots> work;
   Ring<Traits::kStagesQ> q;
-  Ring<Traits::kStages> k, v, used_v;
+  Ring<Traits::kStages> k, v;
 
   __device__ __forceinline__ const Work& wait_work() {
     shared.work_full[work.slot].wait(work.parity);
-    return shared.work[work.slot];
-  }
-  __device__ __forceinline__ void next_work() {
-    named_sync(kDone + consumer, kGroupThreads);  // every thread has read its last of the slot
-    if (leader()) shared.work_empty[work.slot].arrive();
+    const Work& next = shared.work[work.slot];
     work.advance();
+    return next;
+  }
+  __device__ __forceinline__ void release_work(const Work& done) const {
+    __syncwarp();  // every lane has read its last of it
+    if (threadIdx.x % kWarp == 0) shared.work_empty[&done - shared.work].arrive();
   }
 
-  __device__ __forceinline__ const unsigned char* wait_q() {
-    shared.q_full[q.slot][consumer].wait(q.parity);
+  __device__ __forceinline__ void wait_q() const { shared.q_full[q.slot][consumer].wait(q.parity); }
+  __device__ __forceinline__ const unsigned char* tile_q() const {
     return shared.q[q.slot][consumer];
   }
   __device__ __forceinline__ void release_q() {
@@ -67,13 +68,11 @@ struct Pipes {
 
   __device__ __forceinline__ const unsigned char* wait_v() {
     shared.v_full[v.slot].wait(v.parity);
-    const unsigned char* tile = shared.v[v.slot];
-    v.advance();
-    return tile;
+    return shared.v[v.slot];
   }
   __device__ __forceinline__ void release_v() {
-    if (leader()) shared.v_empty[used_v.slot].arrive();
-    used_v.advance();
+    if (leader()) shared.v_empty[v.slot].arrive();
+    v.advance();
   }
 
   // Consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of

@@ -98,6 +98,10 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+// Tells the compiler that a value is the same in all lanes, so that it may live in a uniform
+// register.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // 2^x with denormals flushed: one MUFU instruction.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

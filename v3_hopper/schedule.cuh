@@ -11,8 +11,13 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 template <class Traits>
 __device__ __forceinline__ Range key_blocks(const Work& work) {
   const Range keys = work.sequence.keys(work.row, Traits::kBlockQ);
-  if (keys.end <= keys.begin) return {0, 0};
   return {keys.begin / Traits::kBlockKV, ceil_div(keys.end, Traits::kBlockKV)};
+}
+
+template <class Traits>
+__device__ __forceinline__ bool is_empty(const Work& work) {
+  const Range keys = work.sequence.keys(work.row, Traits::kBlockQ);
+  return keys.end <= keys.begin;
 }
 
 // Of these, the blocks [begin, end) all of whose keys all rows [row, row + kGroupRows) see: no

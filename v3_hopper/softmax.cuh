@@ -11,6 +11,8 @@ struct RowState {
   float row_sum[2];  // of this thread's columns only, until normalize
 };
 
+__device__ constexpr RowState kNoRows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+
 struct Scale {
   float to_log2;  // exp2(to_log2 * S) is the exponential of the scaled score
   float slack;    // how far S may exceed the reference before O is rescaled
@@ -33,12 +35,18 @@ __device__ __forceinline__ void feature(float (&s)[Traits::kBlockKV / 2], const 
     const bool cap = scale.softcap > 0.0f;
     const float factor = cap ? scale.scale / scale.softcap * kTwoLog2E : scale.scale;
 #pragma unroll
-    for (float& x : s) {
-      x *= factor;
+    for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
+      s[i] *= factor;
       // tanh(y) = 1 - 2 / (1 + exp(2 y))
-      if (cap) x = scale.softcap - __fdividef(2.0f * scale.softcap, 1.0f + fast_exp2(x));
+      if (cap) s[i] = scale.softcap - __fdividef(2.0f * scale.softcap, 1.0f + fast_exp2(s[i]));
     }
   }
+}
+
+// Of a thread's columns 0, 1, 8, 9, 16, ... how many are below `end`.
+__device__ __forceinline__ int columns_below(int end) {
+  const int inside = max(end, 0);
+  return inside / 8 * 2 + min(inside % 8, 2);
 }
 
 // Scores that a row must not see become -inf. `row` is the first of this thread's two rows.
@@ -48,64 +56,67 @@ __device__ __forceinline__ void mask(float (&s)[Traits::kBlockKV / 2], const Seq
   const int first_column = key + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int begin = row + 8 * half + sequence.first - first_column;
-    const int last = min(row + 8 * half + sequence.last, sequence.seqlen_k - 1) - first_column;
-    const unsigned visible = max(last - begin + 1, 0);
+    const int begin = columns_below(row + 8 * half + sequence.first - first_column);
+    const int last = min(row + 8 * half + sequence.last, sequence.seqlen_k - 1);
+    const int end = columns_below(last + 1 - first_column);
 #pragma unroll
-    for (int i = 2 * half; i < Traits::kBlockKV / 2; i += i % 2 ? 3 : 1) {
-      const int column = i / 4 * 8 + i % 2;
-      if (unsigned(column - begin) >= visible) s[i] = -INFINITY;
+    for (int base = 0; base < Traits::kBlockKV / 4; base += 32) {  // one bit for each column
+      const uint32_t below_end = end <= base ? 0u : ~0u >> (32 - min(end - base, 32));
+      const uint32_t below_begin = begin <= base ? 0u : ~0u >> (32 - min(begin - base, 32));
+      const uint32_t visible = below_end & ~below_begin;
+#pragma unroll
+      for (int bit = 0; bit < 32 && base + bit < Traits::kBlockKV / 4; ++bit) {
+        float& score = s[(base + bit) / 2 * 4 + half * 2 + bit % 2];
+        score = visible >> bit & 1 ? score : -INFINITY;
+      }
     }
   }
 }
 
-// S becomes P = exp(S - reference), the sums grow. Returns whether the reference rose and O must be
-// rescaled by `correction`: only when a score exceeds it by the slack, so rarely.
-template <class Traits, bool kFirst>
-__device__ __forceinline__ bool update(float (&s)[Traits::kBlockKV / 2], RowState& state,
+// Raises the reference of the exponentials where a score exceeds it by the slack, which is rare:
+// then O must be rescaled by `correction`, and true is returned. The same for all of a warp.
+template <class Traits>
+__device__ __forceinline__ bool update(const float (&s)[Traits::kBlockKV / 2], RowState& state,
                                        float (&correction)[2], const Scale& scale) {
-  float block_max[2] = {s[0], s[2]};
+  float chain[2][2] = {{s[0], s[1]}, {s[2], s[3]}};  // two for each row
 #pragma unroll
-  for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
-    block_max[i / 2 % 2] = fmaxf(block_max[i / 2 % 2], s[i]);
+  for (int i = 4; i < Traits::kBlockKV / 2; ++i) {
+    chain[i / 2 % 2][i % 2] = fmaxf(chain[i / 2 % 2][i % 2], s[i]);
   }
+  float block_max[2] = {fmaxf(chain[0][0], chain[0][1]), fmaxf(chain[1][0], chain[1][1])};
+  const bool risen = __any_sync(~0u, block_max[0] > state.row_max[0] + scale.slack ||
+                                         block_max[1] > state.row_max[1] + scale.slack);
+  if (!risen) return false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(~0u, block_max[half], 1));
-    block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(~0u, block_max[half], 2));
+    float& highest = block_max[half];
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+    highest = fmaxf(highest, state.row_max[half]);
+    const float reference = highest == -INFINITY ? 0.0f : highest;
+    correction[half] = fast_exp2((state.row_max[half] - reference) * scale.to_log2);
+    state.row_max[half] = highest;
+    state.row_sum[half] *= correction[half];
   }
-  bool risen = false;
-  if constexpr (kFirst) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      state.row_max[half] = block_max[half];
-      state.row_sum[half] = 0.0f;
-    }
-  } else {
-    risen = __any_sync(~0u, block_max[0] > state.row_max[0] + scale.slack ||
-                                block_max[1] > state.row_max[1] + scale.slack);
-    if (risen) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float risen_max = fmaxf(state.row_max[half], block_max[half]);
-        const float reference = risen_max == -INFINITY ? 0.0f : risen_max;
-        correction[half] = fast_exp2((state.row_max[half] - reference) * scale.to_log2);
-        state.row_max[half] = risen_max;
-        state.row_sum[half] *= correction[half];
-      }
-    }
-  }
+  return true;
+}
+
+// Columns [kBegin, kEnd) eighths of S become P = exp(S - reference), the sums grow.
+template <class Traits, int kBegin, int kEnd>
+__device__ __forceinline__ void exponentials(float (&s)[Traits::kBlockKV / 2], RowState& state,
+                                             const Scale& scale) {
+  float offset[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float reference = state.row_max[half] == -INFINITY ? 0.0f : state.row_max[half];
-    const float offset = reference * scale.to_log2;
-#pragma unroll
-    for (int i = 2 * half; i < Traits::kBlockKV / 2; i += i % 2 ? 3 : 1) {
-      s[i] = fast_exp2(fmaf(s[i], scale.to_log2, -offset));
-      state.row_sum[half] += s[i];
-    }
+    offset[half] = reference * scale.to_log2;
   }
-  return risen;
+  constexpr int kGroups = Traits::kBlockKV / 8;  // of four accumulators
+#pragma unroll
+  for (int i = kGroups * kBegin / 8 * 4; i < kGroups * kEnd / 8 * 4; ++i) {
+    s[i] = fast_exp2(fmaf(s[i], scale.to_log2, -offset[i / 2 % 2]));
+    state.row_sum[i / 2 % 2] += s[i];
+  }
 }
 
 // P in the layout of a register operand: the accumulators' own order, two to a register.
@@ -142,7 +153,7 @@ __device__ __forceinline__ void normalize(float (&o)[Traits::kHeadDimV / 2], Row
     float& sum = state.row_sum[half];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    inverse[half] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
     lse[half] =
         sum == 0.0f ? -INFINITY : (state.row_max[half] * scale.to_log2 + __log2f(sum)) * kLn2;
   }

@@ -57,4 +57,22 @@ __device__ __forceinline__ void store_state(const ForwardParams& p, const Work& 
   }
 }
 
+// A tile whose rows see no key: O = 0, lse = -inf. One warp.
+template <class Traits>
+__device__ __forceinline__ void store_nothing(const ForwardParams& p, const Work& work) {
+  const int batch = p.cu_seqlens_q ? 0 : work.batch;
+  const int rows = min(Traits::kBlockQ, work.sequence.seqlen_q - work.row);
+  const int64_t first_row = work.sequence.row_q + work.row;
+  auto* gO = static_cast<typename Traits::Output*>(p.o.data) + batch * p.o.batch +
+             first_row * p.o.row + work.head * p.o.head;
+  const int vectors = p.head_dim_v / 8;
+  for (int i = threadIdx.x % kWarp; i < rows * vectors; i += kWarp) {
+    *reinterpret_cast<uint4*>(gO + i / vectors * p.o.row + i % vectors * 8) = {0, 0, 0, 0};
+  }
+  float* lse = p.lse.data + batch * p.lse.batch + work.head * p.lse.head + first_row;
+  for (int i = threadIdx.x % kWarp; i < rows && p.lse.data != nullptr; i += kWarp) {
+    lse[i] = -INFINITY;
+  }
+}
+
 }  // namespace flash::v3

@@ -9,7 +9,10 @@ namespace flash::v3 {
 inline constexpr int kWarp = 32;
 inline constexpr int kGroupThreads = 128;
 inline constexpr int kGroupRows = 64;  // query rows of one consumer warpgroup
-inline constexpr int kGuardWarps = 3;  // warps beside the loading one in the producer warpgroup
+
+// The warps of the producer warpgroup, by their job.
+enum Role : int { kLoads = 0, kSchedules = 1, kGuards = 2 };
+inline constexpr int kGuardWarps = 2;
 
 // The sizes that were tuned, per head dim: consumers, keys of a tile, K/V stages, Q stages.
 template <int kHeadDim, int kHeadDimV>
@@ -33,7 +36,7 @@ struct Tuning<256, 256> {
   static constexpr int kConsumers = 2, kBlockKV = 80, kStages = 2, kStagesQ = 1;
 };
 
-// One tile of work, written by the producer and read by everyone else.
+// One tile of work, written by the scheduling warp and read by everyone else.
 struct Work {
   Sequence sequence;
   int batch, head, row;  // row: first query row in its sequence; head < 0: no more work
@@ -72,6 +75,8 @@ struct Traits {
   static constexpr int kBytesK = kBlockKV * kChunks * kChunkBytes;
   static constexpr int kBytesV = kBlockKV * kChunksV * kChunkBytes;
   static constexpr int kWorkSlots = 4;
+  static constexpr int kWorkReaders =
+      kConsumers * kGroupThreads / kWarp + kGuardWarps + 1;  // warps
 
   struct Shared {
     alignas(1024) unsigned char q[kStagesQ][kConsumers][kBytesQ];

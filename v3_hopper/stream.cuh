@@ -1,0 +1,50 @@
+// What a consumer works through: the key blocks of all tiles of its CTA, one after the other.
+#pragma once
+
+#include "v3_hopper/pipe.cuh"
+
+namespace flash::v3 {
+
+template <class Traits>
+struct Stream {
+  Pipes<Traits>& pipe;
+  const int group_row, thread_row;  // of this warpgroup and this thread inside a tile
+  const Work* work = nullptr;       // the current tile
+  int block = 0, first_block = 0;   // blocks are visited from the last to the first
+  Range unmasked = {0, 0};
+
+  __device__ __forceinline__ explicit Stream(Pipes<Traits>& pipes)
+      : pipe(pipes),
+        group_row(pipes.consumer * kGroupRows),
+        thread_row(group_row + threadIdx.x % kGroupThreads / kWarp * 16 + threadIdx.x % kWarp / 4) {
+  }
+
+  // The next tile, with its Q; false at the end of the stream.
+  __device__ __forceinline__ bool open_tile() {
+    const Work& candidate = pipe.wait_work();
+    if (uniform(candidate.head) < 0) return false;
+    work = &candidate;
+    const Range blocks = key_blocks<Traits>(candidate);
+    block = uniform(blocks.end - 1);
+    first_block = uniform(blocks.begin);
+    const Range clear = unmasked_blocks<Traits>(candidate.sequence, candidate.row + group_row);
+    unmasked = {uniform(clear.begin), uniform(clear.end)};
+    pipe.wait_q();
+    return true;
+  }
+
+  __device__ __forceinline__ bool advance() {
+    if (last()) return open_tile();
+    --block;
+    return true;
+  }
+
+  __device__ __forceinline__ bool last() const { return block == first_block; }
+  __device__ __forceinline__ int row() const { return work->row + thread_row; }
+  __device__ __forceinline__ int key() const { return block * Traits::kBlockKV; }
+  __device__ __forceinline__ bool boundary() const {
+    return block < unmasked.begin || block >= unmasked.end;
+  }
+};
+
+}  // namespace flash::v3
