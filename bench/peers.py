@@ -69,33 +69,30 @@ class Inputs:
     k: Tensor
     v: Tensor
     dout: Tensor
+    out: Tensor
+    lse: Tensor
     causal: bool
-    exact: tuple[Tensor, ...] = ()  # of batch 0, head 0, fp64: out, or dq dk dv
-    out: Tensor | None = None
-    lse: Tensor | None = None
+    exact: tuple[Tensor, ...]  # of batch 0, head 0, fp64: out, or dq dk dv
 
 
 def draw(case: Case) -> Inputs:
     """Inputs, and the exact answer for their first head."""
+    fp8 = case.dtype == "float8_e4m3fn"
     shape = (case.batch, case.seqlen, case.heads, case.head_dim)
-    dtype = getattr(torch, "float16" if case.dtype == "float8_e4m3fn" else case.dtype)
-    drawn = [torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype) for _ in range(4)]
-    if case.dtype == "float8_e4m3fn":
-        drawn[:3] = [x.to(FP8) for x in drawn[:3]]
-    inputs = Inputs(*drawn, causal=case.causal)
-    head = [x[:1, :, :1].to(torch.float64) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)]
-    out, lse = flash.attention(*head[:3], causal=case.causal, return_lse=True, backend="reference")
-    inputs.exact = (out,)
-    if case.direction == "backward":
-        inputs.exact = tuple(
-            flash.attention_backward(
-                head[3], *head[:3], out, lse, causal=case.causal, backend="reference"
-            )
-        )
-        inputs.out, inputs.lse = flash.attention(
-            inputs.q, inputs.k, inputs.v, causal=case.causal, return_lse=True, backend="torch"
-        )
-    return inputs
+    dtype = torch.float16 if fp8 else getattr(torch, case.dtype)
+    q, k, v, dout = (torch.randn(shape, device="cuda").to(dtype) for _ in range(4))
+    if fp8:
+        q, k, v = q.to(FP8), k.to(FP8), v.to(FP8)
+    q1, k1, v1, dout1 = (x[:1, :, :1].to(torch.float64) for x in (q, k, v, dout))
+    options: dict[str, Any] = {"causal": case.causal, "backend": "reference"}
+    out, lse = flash.attention(q1, k1, v1, return_lse=True, **options)
+    exact: tuple[Tensor, ...] = (out,)
+    if case.direction == "forward":
+        return Inputs(q, k, v, dout, out, lse, case.causal, exact)
+    exact = tuple(flash.attention_backward(dout1, q1, k1, v1, out, lse, **options))
+    options["backend"] = "torch"
+    out, lse = flash.attention(q, k, v, return_lse=True, **options)
+    return Inputs(q, k, v, dout, out, lse, case.causal, exact)
 
 
 def error(found: tuple[Tensor, ...], inputs: Inputs) -> float:
@@ -135,12 +132,13 @@ def competitor(name: str, case: Case, x: Inputs) -> Run:
 def _ours(backend: str, case: Case, x: Inputs) -> Run:
     if case.direction == "forward":
         return lambda: (flash.attention(x.q, x.k, x.v, causal=x.causal, backend=backend),)
-    grads = {name: torch.empty_like(t) for name, t in (("dq", x.q), ("dk", x.k), ("dv", x.v))}
+    dq, dk, dv = (torch.empty_like(t) for t in (x.q, x.k, x.v))
     return lambda: tuple(
         flash.attention_backward(
-            x.dout, x.q, x.k, x.v, x.out, x.lse, **grads, causal=x.causal, backend=backend
+            x.dout, x.q, x.k, x.v, x.out, x.lse, dq=dq, dk=dk, dv=dv, causal=x.causal,
+            backend=backend,
         )
-    )
+    )  # fmt: skip
 
 
 def _autograd(forward: Callable[..., Tensor], case: Case, x: Inputs, dout: Tensor) -> Run:
@@ -156,8 +154,8 @@ def _autograd(forward: Callable[..., Tensor], case: Case, x: Inputs, dout: Tenso
 def _sdpa(backend: SDPBackend, case: Case, x: Inputs) -> Run:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            heads_first = (t.transpose(1, 2) for t in (q, k, v))
-            out = scaled_dot_product_attention(*heads_first, is_causal=x.causal)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = scaled_dot_product_attention(q, k, v, is_causal=x.causal)
         return out.transpose(1, 2)
 
     return _autograd(forward, case, x, x.dout)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ class Stopwatch:
             spent, best = spent + sum(times), min(best, *times)
         return best
 
-    def race(self, calls: dict[str, Call], total_ms: float = 60, rounds: int = 3,
+    def race(self, calls: Mapping[str, Call], total_ms: float = 60, rounds: int = 3,
              warm_ms: float = 15) -> dict[str, Timing]:  # fmt: skip
         """Every competitor in every round, so that drift of the clock meets all of them."""
         repeats = {}

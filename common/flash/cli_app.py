@@ -144,16 +144,22 @@ def verify(
     raise typer.Exit(0 if good else 1)
 
 
-def numbers(name: str, text: str, count: int) -> list[int | None]:
-    """ "4,1024,16,64" -> [4, 1024, 16, 64]; "none" or "-" stands for no limit."""
-    parts = [part.strip().lower() for part in text.split(",")]
+def numbers(name: str, text: str, count: int) -> list[int]:
+    """ "4,1024,16,64" -> [4, 1024, 16, 64]."""
     try:
-        found = [None if part in ("none", "-") else int(part) for part in parts]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise fail(f"{name} takes {count} whole numbers, got {text!r}") from None
+        found = []
     if len(found) != count:
-        raise fail(f"{name} takes {count} numbers separated by commas, got {text!r}")
+        raise fail(f"{name} takes {count} whole numbers separated by commas, got {text!r}")
     return found
+
+
+def sides(text: str) -> tuple[int | None, ...]:
+    """ "128,none" -> (128, None)."""
+    parts = text.lower().replace("none", "-1").split(",")
+    found = numbers("--window", ",".join(parts), 2)
+    return tuple(None if side == -1 else side for side in found)
 
 
 @app.command()
@@ -183,7 +189,7 @@ def explain(
     inputs = [torch.empty(shape, dtype=dtype.torch, device="meta") for shape in shapes]
     options: dict[str, Any] = {
         "causal": "top-left" if top_left else causal,
-        "window": None if window is None else tuple(numbers("--window", window, 2)),
+        "window": None if window is None else sides(window),
         "softcap": softcap,
         "deterministic": deterministic,
         "backend": backend,
