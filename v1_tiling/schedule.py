@@ -84,7 +84,8 @@ def load_state(memory: Memory, gO: Tensor, gM: Tensor, gL: Tensor, rows: Range,
                first: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """O normalized so far, row maximum and row sum; known without a load at the first visit."""
     if first:
-        return tuple(g[..., rows.begin : rows.end, :] for g in (gO, gM, gL))  # type: ignore[return-value]
+        O, row_max, row_sum = (g[..., rows.begin : rows.end, :] for g in (gO, gM, gL))
+        return O, row_max, row_sum
     O, row_max, row_sum = (memory.load(n, g, rows) for n, g in (("O", gO), ("m", gM), ("l", gL)))
     return O, row_max, row_sum
 

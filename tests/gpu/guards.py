@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from grid import Inputs
+from grid import DEVICE, Inputs
 from torch import Tensor
 
 GUARD = 1 << 13  # bytes on each side; a multiple of every alignment a kernel asks for
@@ -72,3 +72,8 @@ def poisoned(given: Inputs, seen: Tensor) -> Inputs:
     k, v = (x.masked_fill(hide, float("nan")) for x in (given.k, given.v))
     q, k, v, dout = (surrounded(x) for x in (given.q, k, v, given.dout))
     return Inputs(q, k, v, dout, given.dlse)
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    """cu_seqlens of these lengths."""
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)

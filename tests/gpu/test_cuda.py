@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from grid import BF16, DEVICE, Case, Inputs, attend, differentiate, draw, pairs, versions
-from test_varlen import cumulative
+from guards import cumulative
 from torch import Tensor
 
 import flash

@@ -9,7 +9,6 @@ import pytest
 import torch
 from grid import (
     BF16,
-    DEVICE,
     FP16,
     Answer,
     Case,
@@ -23,7 +22,7 @@ from grid import (
     rounding_of_saved_out,
     versions,
 )
-from guards import guarded, surrounded
+from guards import cumulative, guarded, surrounded
 from torch import Tensor
 
 import flash
@@ -44,10 +43,6 @@ OPTIONS = [
     Case(causal=True, heads_q=6, softcap=10.0), Case(dim=128, heads_q=4, heads_kv=1, causal=True),
     Case(dim=256, causal=True), Case(dim=72, window=(9, None)),
 ]  # fmt: skip
-
-
-def cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
 
 
 def attend_packed(version: str, given: list[Tensor], lengths: list[tuple[int, int]], case: Case,
