@@ -19,7 +19,7 @@ demo: $(VENV)/installed  ## the three generations against the exact reference, o
 	$(VENV)/bin/flash demo
 
 test: $(VENV)/installed  ## all tests; on a machine with a GPU the kernels too
-	OMP_NUM_THREADS=1 $(py) -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(py) -m pytest -n $(WORKERS) --timeout 600
 
 lint: $(VENV)/linters  ## ruff, mypy and clang-format, nothing excluded
 	$(VENV)/bin/ruff check .

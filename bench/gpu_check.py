@@ -10,6 +10,7 @@ Parts can be asked for alone and in any order; a later part adds to the files of
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,10 @@ from bench import digest, record
 from bench.peers import FP8_NAMES, NAMES, OURS, Case, competitor, draw, error, present
 from bench.timing import Board, Stopwatch
 
-SHARED_TESTS = ("test_properties", "test_forward", "test_backward", "test_schedules", "test_ops")
+SHARED_TESTS = (
+    "test_forward", "test_backward", "test_properties", "test_properties_layout", "test_varlen",
+    "test_sdpa", "test_ops",
+)  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 KEY = ("direction", "dtype", "head_dim", "mask", "seqlen", "competitor")
 
@@ -88,7 +92,9 @@ def run_tests(folder: Path, head: dict[str, Any], args: argparse.Namespace) -> b
     select = args.select or (f"{args.version}_ or {args.version}-" if args.version else "")
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = ["-m", "pytest", *targets, "-q", "-n", str(args.workers), f"--junitxml={report}"]
+        command = ["-m", "pytest", *targets, "-q", f"--junitxml={report}"]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(args.workers)]
         command += ["-k", select] if select else []
         subprocess.run([sys.executable, *command], cwd=digest.ROOT, check=False)
         outcomes = read_report(report)
