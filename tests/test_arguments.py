@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import flash
 import pytest
 import torch
 from negative import FP8, Kwargs
 from torch import Tensor
+
+import flash
 
 HEADS, ROWS, KEYS, DIM = 2, 6, 9, 16
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 
-import flash
 import pytest
 import torch
+
+import flash
 from flash.capability import BACKENDS, VERSIONS, arch_name, capability, parse_arch
 from flash.dispatch import Built, Decision, Request, decide, no_backend
 
@@ -98,7 +99,11 @@ def test_instances_of_the_build_count(version: str) -> None:
     built = {v: Built("absent") for v in VERSIONS if v != version}
     built[version] = Built("", small)
     assert decide((9, 0), Request(BF16, 64, 64), built).backend == version
-    for other in (Request(BF16, 128, 128), Request(FP16, 64, 64), Request(BF16, 64, 64, "backward")):
+    for other in (
+        Request(BF16, 128, 128),
+        Request(FP16, 64, 64),
+        Request(BF16, 64, 64, "backward"),
+    ):
         decision = decide((9, 0), other, built)
         assert decision.backend == "torch"
         assert "build here" in decision.reasons[version][0]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import flash
 import pytest
 import torch
 from negative import ENTRIES, FP8, HEADS, HEADS_KV, KEYS, Entry, Kwargs, dense, draw, elsewhere
 from test_errors import raises_well, works
 from torch import Tensor
+
+import flash
 
 ENTRY = {entry.name: entry for entry in ENTRIES}
 DEVICES = ("cpu", "meta")

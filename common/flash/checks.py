@@ -144,9 +144,13 @@ def check_output(name: str, x: Any, shape: tuple[Any, ...], like: Tensor, dtype:
         raise wrong_value(f"{name}.requires_grad", True, "False", hint)
     if _overlaps_itself(x):
         raise wrong_value(f"{name}.stride()", x.stride(), "free of overlap", "do not expand it")
-    if x.device.type != "meta" and any(_share(x, other) for other in inputs):
+    if _has_memory(x) and any(_share(x, other) for other in inputs):
         text = f"{name} shares memory with another tensor of the call; give it its own"
         raise ArgumentValueError(text, argument=name, given="overlap", expected="own memory")
+
+
+def _has_memory(x: Tensor) -> bool:
+    return x.device.type != "meta" and not torch.compiler.is_compiling()
 
 
 def _overlaps_itself(x: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,6 +12,7 @@ from flash.capability import ALIASES, BACKENDS
 from flash.errors import ArgumentTypeError, UnsupportedError, unsupported, wrong_type, wrong_value
 from flash.spec import Spec
 
+_LARGEST = sys.float_info.max
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom-right", "top-left")
 OTHER_NAMES = {
@@ -89,7 +91,7 @@ def real(name: str, given: Any) -> float:
         value = float(given)
     except OverflowError:
         value = math.inf
-    if not math.isfinite(value):
+    if not -_LARGEST <= value <= _LARGEST:  # NaN and infinity, also of a traced number
         raise wrong_value(name, given, "a finite number")
     return value
 

@@ -1,0 +1,67 @@
+"""What flash.attention adds to the engine that it calls, per call, in eager mode on a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import flash
+from flash import calls
+from flash.engines import torch_sdpa
+from flash.spec import Spec
+
+LIMIT = 25e-6
+
+
+def best(run: Callable[[], Any], calls_each: int = 40, rounds: int = 150) -> float:
+    """Seconds of this thread's processor time per call, in the quietest round."""
+    quietest = float("inf")
+    for _ in range(rounds):
+        begin = time.thread_time()
+        for _ in range(calls_each):
+            run()
+        quietest = min(quietest, (time.thread_time() - begin) / calls_each)
+    return quietest
+
+
+def tensors(layout: str) -> list[torch.Tensor]:
+    shape = (1, 8, 2, 16) if layout == "bshd" else (1, 2, 8, 16)
+    return [torch.randn(shape) for _ in range(3)]
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("lse", [False, True])
+def test_overhead(layout: str, lse: bool, record_property: Callable[[str, object], None]) -> None:
+    """Checks, choice of backend and bookkeeping: all between the call and the engine's call."""
+    q, k, v = tensors(layout)
+    shown = [x if layout == "bshd" else x.transpose(1, 2) for x in (q, k, v)]
+    spec = Spec(16**-0.5)
+    for _ in range(5):
+        engine = best(lambda: torch_sdpa.forward(*shown, spec))
+        whole = best(lambda: flash.attention(q, k, v, layout=layout, return_lse=lse))
+        if whole - engine < LIMIT:
+            break
+    record_property("overhead_us", 1e6 * (whole - engine))
+    assert whole - engine < LIMIT, f"{1e6 * (whole - engine):.1f} us"
+
+
+def test_remembered_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "_MAX_READY", 8)
+    calls._ready.clear()
+    for rows in range(1, 40):
+        q = torch.randn(1, rows, 2, 16)
+        flash.attention(q, q, q)
+        assert len(calls._ready) <= 8
+
+
+def test_memory_holds_no_tensor() -> None:
+    q = torch.randn(1, 8, 2, 16)
+    flash.attention(q, q, q)
+    flat: list[Any] = []
+    for key, ready in calls._ready.items():
+        flat += [*key, *ready]
+    assert not any(isinstance(x, torch.Tensor) for x in flat)
