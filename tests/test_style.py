@@ -59,16 +59,24 @@ def test_no_leftovers(path: Path) -> None:
 @every_cuda_file
 def test_cuda_header(path: Path) -> None:
     first, *rest = path.read_text().splitlines()
-    assert re.match(r"// [A-Z].*", first), "a file begins with one sentence, its idea"
+    assert re.match(r"// \S.*", first), "a file begins with one sentence, its idea"
     if path.suffix in (".h", ".cuh"):
         assert "#pragma once" in rest
 
 
 @every_cuda_file
-def test_no_commented_out_code_and_no_macros(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    assert not [line for line in lines if re.match(r"\s*//.*[;{]\s*$", line)]
-    assert not [line for line in lines if re.match(r"\s*#\s*define\b", line)]
+def test_no_commented_out_code_and_no_control_flow_in_macros(path: Path) -> None:
+    text = path.read_text()
+    statement = r"^\s*//\s*(?:[\w:<>*&\[\].]+\s+)*[\w:.\[\]<>]+\s*(?:[-+*/]?=[^=;]+|\([^;]*\));\s*$"
+    assert not re.findall(statement, text, re.M)
+    assert not re.findall(r"^\s*//.*\)\s*\{\s*$", text, re.M)
+    macros = re.findall(r"^\s*#\s*define\b(?:[^\n]*\\\n)*[^\n]*", text, re.M)
+    assert not [m for m in macros if re.search(r"\b(if|for|while|do|switch|return)\b|[;{}]", m)]
+
+
+def first_statement(node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.stmt:
+    """Signature and docstring are the contract, not the work."""
+    return node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
 
 
 @every_python_file
@@ -79,7 +87,7 @@ def test_python_header_and_functions(path: Path) -> None:
         assert re.match(r"[^\n]*[.:!?]", doc), "a module begins with one sentence, its idea"
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = (node.end_lineno or 0) - node.lineno + 1
+            length = (node.end_lineno or 0) - first_statement(node).lineno + 1
             assert length <= FUNCTION_LINES, f"{node.name} has {length} lines"
 
 

@@ -1,4 +1,4 @@
-"""The mathematics of one attention call, after every argument was checked: what all engines share."""
+"""The mathematics of one attention call, once every argument was checked: shared by all engines."""
 
 from __future__ import annotations
 
