@@ -23,6 +23,7 @@ __device__ __forceinline__ void announce(const Arguments& args, typename Traits:
     }
     shared.work_empty[slot.slot].wait(slot.parity ^ 1);
     if (threadIdx.x % kWarp == 0) {
+      if (work.head >= 0) prefetch_tile<Traits>(args, work);
       shared.work[slot.slot] = work;
       shared.work_full[slot.slot].arrive();
     }
@@ -74,9 +75,9 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
   auto finish = [&](const Work& work, RowState& rows) {
     float lse[2];
     normalize<Traits>(rO, rows, lse, scale);
-    const int row = work.row + next.thread_row;
-    if (work.poisoned) restore_poison<Traits>(args.p, work, row, rO);
-    store_state<Traits>(args.p, work, row, rO, lse);
+    if (work.poisoned) restore_poison<Traits>(args.p, work, work.row + next.thread_row, rO);
+    store_state<Traits>(args, work, next.thread_row, pipe.tile_o(), rO, lse);
+    pipe.staged_o = Traits::kStagesO;
     pipe.release_work(work);
     clear(rO);
   };
@@ -88,7 +89,7 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
   wgmma_wait<0>();
   pin(rS);
   pipe.release_k();
-  if (next.last()) pipe.release_q();
+  if (next.last()) pipe.close_q();
   mask_boundary();
   update<Traits>(rS, state, correction, scale);
   exponentials<Traits, 0, 8>(rS, state, scale);
@@ -96,6 +97,7 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
   for (;;) {
     const Work& work = *next.work;
     const bool tile_ends = next.last();
+    if (tile_ends) pipe.release_o();  // the coming Q may wait for its slot
     if (!next.advance()) break;
     const auto* sK = pipe.wait_k();
     pipe.take_turn();
@@ -105,7 +107,8 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
     wgmma_wait<1>();  // S is there
     pin(rS);
     pipe.release_k();
-    if (next.last()) pipe.release_q();
+    pipe.release_o();
+    if (next.last()) pipe.close_q();
     mask_boundary();
     if (tile_ends) {
       finished = state;
@@ -131,6 +134,7 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
   pin(rO);
   pipe.release_v();
   finish(*next.work, state);
+  pipe.release_o();  // shared memory stays until TMA has read it
 }
 
 template <class Traits>

@@ -92,9 +92,8 @@ __device__ __forceinline__ void restore_poison(const ForwardParams& p, const Wor
                                                float (&o)[Traits::kHeadDimV / 2]) {
   using Element = typename Traits::Element;
   const Sequence& sequence = work.sequence;
-  const int head_kv = work.head / (p.heads_q / p.heads_kv);
-  const Element* v = static_cast<const Element*>(p.v.data) + head_kv * p.v.head +
-                     (p.cu_seqlens_k ? 0 : work.batch) * p.v.batch + sequence.row_k * p.v.row;
+  const Element* v = static_cast<const Element*>(p.v.data) + work.head_kv * p.v.head +
+                     work.batch * p.v.batch + sequence.row_k * p.v.row;
   const Range keys = sequence.keys(work.row, Traits::kBlockQ);
   const int lane_column = threadIdx.x % 4 * 2;
   for (int key = keys.begin; key < keys.end; ++key) {

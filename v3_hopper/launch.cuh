@@ -70,19 +70,11 @@ cudaError_t make_maps(Arguments& args) {
   return status;
 }
 
-// Are 16-byte stores to O legal?
-inline bool stores_aligned(const ForwardParams& p) {
-  const bool strides =
-      p.o.row % 8 == 0 && p.o.head % 8 == 0 && (p.o.batch % 8 == 0 || p.batch == 1);
-  return strides && reinterpret_cast<uintptr_t>(p.o.data) % 16 == 0;
-}
-
 template <class Traits>
 cudaError_t launch_traits(const ForwardParams& p) {
   Arguments args = {};
   args.p = p;
   args.schedule = make_schedule<Traits>(p);
-  if (!stores_aligned(p)) return cudaErrorInvalidValue;
   const cudaError_t status = make_maps<Traits>(args);
   if (status != cudaSuccess) return status;
   const int64_t tiles = count_tiles<Traits>(p);

@@ -5,6 +5,15 @@
 
 namespace flash::v3 {
 
+// Rows of the tensors, where sequences may be packed one behind the other.
+__device__ __forceinline__ int query_row(const Work& work, int group) {
+  return int(work.sequence.row_q) + work.row + group * kGroupRows;
+}
+template <class Traits>
+__device__ __forceinline__ int key_row(const Work& work, int block) {
+  return int(work.sequence.row_k) + block * Traits::kBlockKV;
+}
+
 // What the producer warp carries through the whole kernel.
 template <class Traits>
 struct Loader {
@@ -21,9 +30,8 @@ struct Loader {
       if (threadIdx.x == 0) {
         Barrier& full = shared.q_full[q.slot][group];
         full.arrive_expect(Traits::kBytesQ);
-        const int row = int(at.sequence.row_q) + at.row + group * kGroupRows;
-        load_rows<kGroupRows, Traits::kChunks>(shared.q[q.slot][group], args.q, row, at.head,
-                                               at.batch, full);
+        load_rows<kGroupRows, Traits::kChunks>(shared.q[q.slot][group], args.q,
+                                               query_row(at, group), at.head, at.batch, full);
       }
     }
     q.advance();
@@ -34,8 +42,8 @@ struct Loader {
     if (threadIdx.x == 0) {
       Barrier& full = shared.k_full[k.slot];
       full.arrive_expect(Traits::kBytesK);
-      load_rows<Traits::kBlockKV, Traits::kChunks>(shared.k[k.slot], args.k, key_row(at, block),
-                                                   head_kv(at), at.batch, full);
+      load_rows<Traits::kBlockKV, Traits::kChunks>(
+          shared.k[k.slot], args.k, key_row<Traits>(at, block), at.head_kv, at.batch, full);
     }
     k.advance();
   }
@@ -49,23 +57,16 @@ struct Loader {
       Barrier& full = guarded ? shared.v_landed[v.slot] : shared.v_full[v.slot];
       full.arrive_expect(Traits::kBytesV);
       shared.v_full[v.slot].arrive(guarded ? 1 : kGuardWarps);
-      load_rows<Traits::kBlockKV, Traits::kChunksV>(shared.v[v.slot], args.v, key_row(at, block),
-                                                    head_kv(at), at.batch, full);
+      load_rows<Traits::kBlockKV, Traits::kChunksV>(
+          shared.v[v.slot], args.v, key_row<Traits>(at, block), at.head_kv, at.batch, full);
     }
     v.advance();
   }
 
  private:
-  __device__ __forceinline__ int key_row(const Work& at, int block) const {
-    return int(at.sequence.row_k) + block * Traits::kBlockKV;
-  }
-  __device__ __forceinline__ int head_kv(const Work& at) const {
-    return at.head / (args.p.heads_q / args.p.heads_kv);
-  }
   template <int kRows, int kChunkCount>
   __device__ __forceinline__ void load_rows(unsigned char* tile, const CUtensorMap& map, int row,
                                             int head, int batch, Barrier& full) const {
-    batch = args.p.cu_seqlens_q ? 0 : batch;  // packed tensors have no batch dimension
 #pragma unroll
     for (int chunk = 0; chunk < kChunkCount; ++chunk) {
       load_box(tile + chunk * kRows * kChunkBytes, map,
@@ -73,5 +74,21 @@ struct Loader {
     }
   }
 };
+
+// Brings the first things that a tile needs into L2, while earlier tiles are being computed.
+template <class Traits>
+__device__ __forceinline__ void prefetch_tile(const Arguments& args, const Work& work) {
+  const int key = key_row<Traits>(work, key_blocks<Traits>(work).end - 1);
+  for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
+    const int column = chunk * Traits::kChunkColumns;
+    for (int group = 0; group < Traits::kConsumers; ++group) {
+      prefetch_box(args.q, {column, query_row(work, group), work.head, work.batch});
+    }
+    prefetch_box(args.k, {column, key, work.head_kv, work.batch});
+  }
+  for (int chunk = 0; chunk < Traits::kChunksV; ++chunk) {
+    prefetch_box(args.v, {chunk * Traits::kChunkColumns, key, work.head_kv, work.batch});
+  }
+}
 
 }  // namespace flash::v3

@@ -121,6 +121,15 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return pair;
 }
 
+// Four 8x8 tiles of 16-bit elements from registers to shared memory: lane l gives the address of
+// row l % 8 of tile l / 8, and holds columns 2 (l % 4) and the next of row l / 4 of each tile.
+__device__ __forceinline__ void store_tiles(void* row, const uint32_t (&tile)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(tile[0]), "r"(tile[1]), "r"(tile[2]), "r"(tile[3])
+      : "memory");
+}
+
 // --- wgmma: ordering ---
 
 // Registers and shared memory that this warpgroup wrote are ready for the wgmmas that follow.

@@ -62,6 +62,7 @@ class Schedule {
     Work work = locate(int(index), heads, args_.schedule.tiles_q);
     work.batch = work.head / p.heads_q;
     work.head -= work.batch * p.heads_q;
+    work.head_kv = work.head / (p.heads_q / p.heads_kv);
     work.sequence = Sequence(p, work.batch);
     return work;
   }
@@ -89,8 +90,8 @@ class Schedule {
         through = __shfl_sync(~0u, through, owner);
         const int inside = int(index - (before_ + through - tiles));
         Work work = locate(inside, p.heads_q, tiles / p.heads_q);
-        work.batch = batch_ + owner;
-        work.sequence = Sequence(p, work.batch);
+        work.head_kv = work.head / (p.heads_q / p.heads_kv);
+        work.sequence = Sequence(p, batch_ + owner);
         return work;
       }
       before_ += __shfl_sync(~0u, through, kWarp - 1);
@@ -111,7 +112,7 @@ class Schedule {
     return work;
   }
 
-  __device__ __forceinline__ Work none() const { return {Sequence(args_.p, 0), 0, -1, 0, 0}; }
+  __device__ __forceinline__ Work none() const { return {Sequence(args_.p, 0), 0, -1, 0, 0, 0}; }
 
   const Arguments& args_;
   int round_ = 0;

@@ -1,8 +1,9 @@
-// O and LSE -> global, straight from registers: a quad exchanges columns so that every thread
-// writes 16 contiguous bytes. Nothing waits for it, and Q's buffer is free for the next tile.
+// O and LSE -> global. Each warp stages its 16 rows in the shared memory of its own, used-up Q and
+// hands them to TMA; no warp waits for another.
 #pragma once
 
 #include "v3_hopper/softmax.cuh"
+#include "v3_hopper/tma.cuh"
 
 namespace flash::v3 {
 
@@ -23,20 +24,16 @@ __device__ __forceinline__ void exchange(uint32_t (&word)[4]) {
   }
 }
 
-// `row` is the first of this thread's two rows, in the sequence.
+// Rows that end inside a tile, and kernels without room to stage O: every row is checked. `row` is
+// the first of this thread's two rows, in the sequence.
 template <class Traits>
-__device__ __forceinline__ void store_state(const ForwardParams& p, const Work& work, int row,
-                                            const float (&o)[Traits::kHeadDimV / 2],
-                                            const float (&lse)[2]) {
-  const Sequence& sequence = work.sequence;
-  const int batch = p.cu_seqlens_q ? 0 : work.batch;
+__device__ __forceinline__ void store_rows(const ForwardParams& p, const Work& work, int row,
+                                           const float (&o)[Traits::kHeadDimV / 2]) {
   const int quad_lane = threadIdx.x % 4;
+  auto* gO = static_cast<typename Traits::Output*>(p.o.data) + work.batch * p.o.batch +
+             (work.sequence.row_q + row) * p.o.row + work.head * p.o.head;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const bool inside = row + 8 * half < sequence.seqlen_q;
-    const int64_t global_row = sequence.row_q + row + 8 * half;
-    auto* gO = static_cast<typename Traits::Output*>(p.o.data) + batch * p.o.batch +
-               global_row * p.o.row + work.head * p.o.head;
 #pragma unroll
     for (int group = 0; group < Traits::kHeadDimV / 32; ++group) {
       uint32_t word[4];
@@ -47,29 +44,78 @@ __device__ __forceinline__ void store_state(const ForwardParams& p, const Work& 
       }
       exchange(word);
       const int column = 32 * group + 8 * quad_lane;
-      if (inside && column < p.head_dim_v) {
-        *reinterpret_cast<uint4*>(gO + column) = {word[0], word[1], word[2], word[3]};
+      if (row + 8 * half < work.sequence.seqlen_q && column < p.head_dim_v) {
+        *reinterpret_cast<uint4*>(gO + half * 8 * p.o.row + column) = {word[0], word[1], word[2],
+                                                                       word[3]};
       }
     }
-    if (inside && quad_lane == 0 && p.lse.data != nullptr) {
-      p.lse.data[batch * p.lse.batch + work.head * p.lse.head + global_row] = lse[half];
+  }
+}
+
+// 16 rows of one warp through shared memory, written by TMA. `row` is the warp's first row.
+template <class Traits>
+__device__ __forceinline__ void store_tile(const Arguments& args, const Work& work, int row,
+                                           unsigned char* sO,
+                                           const float (&o)[Traits::kHeadDimV / 2]) {
+  const int lane = threadIdx.x % kWarp;
+  unsigned char* lane_row = sO + lane % 16 * kChunkBytes;
+#pragma unroll
+  for (int group = 0; group < Traits::kHeadDimV / 8; group += 2) {
+    uint32_t tile[4];  // columns 8 group..., rows 0-7 and 8-15, then the next 8 columns
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      tile[i] = pack_pair<typename Traits::Output>(o[4 * group + 2 * i], o[4 * group + 2 * i + 1]);
     }
+    const int unit = (group % 8 + lane / 16) ^ lane % 8;  // 128-byte swizzle
+    store_tiles(lane_row + group / 8 * kGroupRows * kChunkBytes + unit * 16, tile);
+  }
+  fence_async_proxy();
+  __syncwarp();  // the tile is complete and TMA may read it
+  if (lane == 0) {
+#pragma unroll
+    for (int chunk = 0; chunk < Traits::kChunksV; ++chunk) {
+      store_box(
+          args.o, sO + chunk * kGroupRows * kChunkBytes,
+          {chunk * Traits::kChunkColumns, int(work.sequence.row_q) + row, work.head, work.batch});
+    }
+    commit_stores();
+  }
+}
+
+// O and LSE of this warpgroup's rows; thread_row is this thread's first row in the tile.
+template <class Traits>
+__device__ __forceinline__ void store_state(const Arguments& args, const Work& work, int thread_row,
+                                            unsigned char* sO,
+                                            const float (&o)[Traits::kHeadDimV / 2],
+                                            const float (&lse)[2]) {
+  const ForwardParams& p = args.p;
+  const int row = work.row + thread_row;
+  const int warp_row = row - threadIdx.x % kWarp / 4;
+  if (Traits::kStagesO && (!p.cu_seqlens_q || warp_row + 16 <= work.sequence.seqlen_q)) {
+    store_tile<Traits>(args, work, warp_row, sO + thread_row / 16 % 4 * Traits::kWarpBytesO, o);
+  } else {
+    store_rows<Traits>(p, work, row, o);
+  }
+  float* gLSE =
+      p.lse.data + work.batch * p.lse.batch + work.head * p.lse.head + work.sequence.row_q + row;
+  if (threadIdx.x % 4 == 0 && p.lse.data != nullptr) {
+    if (row < work.sequence.seqlen_q) gLSE[0] = lse[0];
+    if (row + 8 < work.sequence.seqlen_q) gLSE[8] = lse[1];
   }
 }
 
 // A tile whose rows see no key: O = 0, lse = -inf. One warp.
 template <class Traits>
 __device__ __forceinline__ void store_nothing(const ForwardParams& p, const Work& work) {
-  const int batch = p.cu_seqlens_q ? 0 : work.batch;
   const int rows = min(Traits::kBlockQ, work.sequence.seqlen_q - work.row);
   const int64_t first_row = work.sequence.row_q + work.row;
-  auto* gO = static_cast<typename Traits::Output*>(p.o.data) + batch * p.o.batch +
+  auto* gO = static_cast<typename Traits::Output*>(p.o.data) + work.batch * p.o.batch +
              first_row * p.o.row + work.head * p.o.head;
   const int vectors = p.head_dim_v / 8;
   for (int i = threadIdx.x % kWarp; i < rows * vectors; i += kWarp) {
     *reinterpret_cast<uint4*>(gO + i / vectors * p.o.row + i % vectors * 8) = {0, 0, 0, 0};
   }
-  float* lse = p.lse.data + batch * p.lse.batch + work.head * p.lse.head + first_row;
+  float* lse = p.lse.data + work.batch * p.lse.batch + work.head * p.lse.head + first_row;
   for (int i = threadIdx.x % kWarp; i < rows && p.lse.data != nullptr; i += kWarp) {
     lse[i] = -INFINITY;
   }

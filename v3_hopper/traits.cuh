@@ -39,8 +39,10 @@ struct Tuning<256, 256> {
 // One tile of work, written by the scheduling warp and read by everyone else.
 struct Work {
   Sequence sequence;
-  int batch, head, row;  // row: first query row in its sequence; head < 0: no more work
-  int poisoned;          // a guard replaced NaN or Inf in V by zero
+  int batch;          // of the tensors: 0 when packed
+  int head, head_kv;  // head < 0: no more work
+  int row;            // first query row, in its sequence
+  int poisoned;       // a guard replaced NaN or Inf in V by zero
 };
 
 // Named barriers; 0 is __syncthreads.
@@ -74,6 +76,8 @@ struct Traits {
   static constexpr int kBytesQ = kGroupRows * kChunks * kChunkBytes;  // of one consumer
   static constexpr int kBytesK = kBlockKV * kChunks * kChunkBytes;
   static constexpr int kBytesV = kBlockKV * kChunksV * kChunkBytes;
+  static constexpr bool kStagesO = kStagesQ > 1;  // O leaves through its Q's shared memory
+  static constexpr int kWarpBytesO = kGroupRows / 4 * kChunkBytes;  // of one chunk
   static constexpr int kWorkSlots = 4;
   static constexpr int kWorkReaders =
       kConsumers * kGroupThreads / kWarp + kGuardWarps + 1;  // warps
@@ -97,7 +101,7 @@ struct ScheduleParams {
 };
 
 struct Arguments {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, o;
   ForwardParams p;
   ScheduleParams schedule;
 };
