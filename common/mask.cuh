@@ -8,6 +8,7 @@ namespace flash {
 // Keys or query rows [begin, end) of a block loop; empty when end <= begin.
 struct Range {
   int begin, end;
+  __device__ __forceinline__ bool holds(int i) const { return i >= begin && i < end; }
 };
 
 // One sequence of the batch: its lengths, its first rows, and its band of visible keys.
@@ -39,6 +40,11 @@ struct Sequence {
   __device__ __forceinline__ Range keys(int row, int rows) const {
     const int last_row = min(row + rows, seqlen_q) - 1;
     return {max(0, row + first), min(seqlen_k, last_row + last + 1)};
+  }
+
+  // Keys that every one of the rows [row, row + rows) sees.
+  __device__ __forceinline__ Range common_keys(int row, int rows) const {
+    return {max(0, row + rows - 1 + first), max(0, min(seqlen_k, row + last + 1))};
   }
 
   // Query rows that see any of the keys [key, key + n).

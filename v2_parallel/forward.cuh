@@ -14,11 +14,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   // --- work: one CTA owns one Q block of one head, each warp a slice of its rows
   const Tile<Traits> tile(p, grid);
   if (tile.empty()) return;
-  Shared<Traits>& smem = shared_memory<Traits>();
+  const Shared<Traits> smem;
   Query<Traits> Q(smem);           // (kRowsPerWarp, kHeadDim)
   typename Traits::Output O = {};  // (kRowsPerWarp, kHeadDimV) fp32, registers
   typename Traits::Scores S;       // (kRowsPerWarp, kBlockKV) fp32, registers
-  Softmax<Traits> softmax(p);
+  Softmax<Traits> softmax(p, smem);
 
   load_q(smem, p, tile);
   for (int s = 0; s < Traits::kStages - 1; ++s) load_kv(smem, p, tile, tile.blocks.begin + s);
@@ -27,16 +27,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const bool poisoned = wait_kv(smem, tile, j);
     load_kv(smem, p, tile, j + Traits::kStages - 1);
     if (j == tile.blocks.begin) Q.keep();
-    if (tile.warp_sees_none(j) && !poisoned) continue;
+    if (!tile.warp_blocks.holds(j) && !poisoned) continue;
 
     // --- one block: S = Q K^T, P = softmax(S), O = O + P V
     gemm_qk(S, Q, smem, j);
     cap<Traits>(S, p);
-    if (!tile.warp_sees_all(j)) mask(S, tile, j);
+    if (!tile.warp_clean.holds(j)) mask(S, tile, j);
     softmax.update(S);
     softmax.rescale(O);
     if (poisoned) quarantine(O, smem, tile, j);
-    gemm_pv(O, S, smem, j);
+    gemm_pv(O, S, softmax, smem, j);
   }
 
   softmax.normalize(O);  // divides by the sum once

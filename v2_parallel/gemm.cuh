@@ -3,6 +3,7 @@
 
 #include "common/ptx.cuh"
 #include "v2_parallel/load.cuh"
+#include "v2_parallel/softmax.cuh"
 
 namespace flash::v2 {
 
@@ -15,10 +16,10 @@ struct Query {
   uint32_t address;
   uint32_t kept[kKept ? Traits::kStepsQK : 1][Traits::kTilesQ][4];
 
-  __device__ __forceinline__ explicit Query(Shared<Traits>& smem) {
+  __device__ __forceinline__ explicit Query(const Shared<Traits>& smem) {
     const int lane = threadIdx.x % 32;
-    const int row = threadIdx.x / 32 * Traits::kRowsPerWarp + lane % 16;
-    address = shared_address(smem.q) + Rows::offset(row, lane / 16);
+    const int row = Team<Traits>().first_row + lane % 16;
+    address = opaque(smem.q + Rows::offset(row, lane / 16));
   }
 
   // Call once, when Q is visible.
@@ -53,11 +54,9 @@ struct Query {
 // S = Q K_j^T, not scaled.
 template <class Traits>
 __device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<Traits>& Q,
-                                        Shared<Traits>& smem, int j) {
+                                        const Shared<Traits>& smem, int j) {
   using Rows = typename Traits::KeyRows;
-  const int lane = threadIdx.x % 32;
-  const uint32_t sK =
-      shared_address(smem.stage(j).k) + Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const uint32_t sK = smem.k(j) + smem.key_lane;
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
@@ -86,37 +85,31 @@ __device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<
   }
 }
 
-// O += P V_j. The accumulator layout of S is the operand layout of P: it never leaves registers.
+// O += P V_j, with P = exp(S - reference).
 template <class Traits>
 __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
-                                        const typename Traits::Scores& P, Shared<Traits>& smem,
-                                        int j) {
-  using Element = typename Traits::Element;
+                                        const typename Traits::Scores& S, Softmax<Traits>& softmax,
+                                        const Shared<Traits>& smem, int j) {
   using Rows = typename Traits::ValueRows;
-  const int lane = threadIdx.x % 32;
-  const uint32_t sV = shared_address(smem.stage(j).v) + Rows::offset(lane % 16, lane / 16);
+  constexpr int kPairs = Traits::kTilesV / 2;  // of columns: one load of V each
+  const uint32_t sV = smem.v(j) + smem.value_lane;
+  Weights<Traits> weights(S, softmax, smem);
 #pragma unroll
   for (int step = 0; step < Traits::kStepsPV; ++step) {
-    uint32_t rP[Traits::kTilesQ][4];  // (kRowsPerWarp, 16)
+    auto& rP = weights.rP[step % 2];  // (kRowsPerWarp, 16)
 #pragma unroll
-    for (int m = 0; m < Traits::kTilesQ; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float (&pair)[4] = P[m][2 * step + i / 2];
-        rP[m][i] = pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < Traits::kTilesV / 2; ++n) {
+    for (int n = 0; n < kPairs; ++n) {
       uint32_t rV[4];  // (16, 16)
-      ldmatrix_x4_trans(rV, Rows::advance(sV, 2 * n) + step * 16 * Rows::kRowBytes);
+      ldmatrix_x4_trans(rV, Rows::advance(sV, 2 * Traits::kTeam * n) + step * 16 * Rows::kRowBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int m = 0; m < Traits::kTilesQ; ++m) {
-          mma_m16n8k16<Element>(O[m][2 * n + half], rP[m], rV[2 * half], rV[2 * half + 1]);
+          mma_m16n8k16<typename Traits::Element>(O[m][2 * n + half], rP[m], rV[2 * half],
+                                                 rV[2 * half + 1]);
         }
       }
+      weights.advance(S, softmax, step + 1, n, kPairs);
     }
   }
 }
@@ -125,16 +118,17 @@ __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
 // then makes them zeros in shared memory, where 0 * V_j would spread them to rows that must not
 // know.
 template <class Traits>
-__device__ __forceinline__ void quarantine(typename Traits::Output& O, Shared<Traits>& smem,
+__device__ __forceinline__ void quarantine(typename Traits::Output& O, const Shared<Traits>& smem,
                                            const Tile<Traits>& tile, int j) {
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % 32;
-  const uint32_t sV = shared_address(smem.stage(j).v) + lane % 4 * 4;
+  const Team<Traits> team;
+  const uint32_t sV = smem.v(j) + lane % 4 * 4;
 #pragma unroll 1
   for (int key = 0; key < Traits::kBlockKV; ++key) {
 #pragma unroll
     for (int n = 0; n < Traits::kTilesV; ++n) {
-      const uint32_t pair = load_shared_4(sV + Traits::ValueRows::offset(key, n));
+      const uint32_t pair = load_shared_4(sV + Traits::ValueRows::offset(key, team.column_tile(n)));
       if (!any_non_finite<Element>(pair)) continue;
       const float2 v = unpack<Element>(pair);
 #pragma unroll

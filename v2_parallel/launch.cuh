@@ -17,7 +17,7 @@ template <class Traits>
 cudaError_t launch_forward_as(const ForwardParams& p) {
   const Grid grid(p, Traits::kBlockQ);
   return launch(forward_kernel<Traits>, dim3(unsigned(grid.tiles())), Traits::kThreads,
-                int(sizeof(Shared<Traits>)), p.stream, p, grid);
+                Shared<Traits>::kBytes, p.stream, p, grid);
 }
 
 template <class Instance>
@@ -38,7 +38,7 @@ Plan plan_forward(const Problem& p) {
   plan.stages = Traits::kStages;
   plan.threads = Traits::kThreads;
   plan.grid = Grid(p, Traits::kBlockQ).tiles();
-  plan.shared_bytes = int(sizeof(Shared<Traits>));
+  plan.shared_bytes = Shared<Traits>::kBytes;
   return plan;
 }
 

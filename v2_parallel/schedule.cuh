@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/mask.cuh"
+#include "common/ptx.cuh"
 #include "v2_parallel/traits.cuh"
 
 namespace flash::v2 {
@@ -40,6 +41,31 @@ struct Grid {
   }
 };
 
+// The warps that share rows: which of them is this warp, and how they meet.
+template <class Traits>
+struct Team {
+  static constexpr int kThreads = 32 * Traits::kTeam;
+  // Through a shuffle, so that the compiler knows them equal for the whole warp.
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
+  const int index = warp / Traits::kTeam;              // of the team in the CTA
+  const int part = warp % Traits::kTeam;               // of this warp in the team
+  const int first_row = index * Traits::kRowsPerWarp;  // in the Q block
+
+  // Every warp of the team is here: each sees what the others wrote to shared memory before.
+  __device__ __forceinline__ void sync() const {
+    if constexpr (Traits::kTeam > 1) named_barrier_sync(1 + index, kThreads);
+  }
+  // True for all when true for one; otherwise as sync.
+  __device__ __forceinline__ bool any(bool condition) const {
+    if constexpr (Traits::kTeam > 1) return named_barrier_or(1 + index, kThreads, condition);
+    return __any_sync(0xffffffffu, condition);
+  }
+  // Which 8 columns of O or V are tile n of this warp: the parts take turns, 16 columns at a time.
+  __device__ __forceinline__ int column_tile(int n) const {
+    return n / 2 * (2 * Traits::kTeam) + 2 * part + n % 2;
+  }
+};
+
 // The work of one CTA: one Q block of one head, and of one warp: kRowsPerWarp of its rows.
 template <class Traits>
 struct Tile {
@@ -47,36 +73,41 @@ struct Tile {
 
   int batch, head, head_kv;
   Sequence sequence;
-  int row;       // first row of the Q block
-  int warp_row;  // first row of this warp
-  Range keys;    // keys that any row of the Q block sees
-  Range blocks;  // K/V blocks that hold them
+  int row;            // first row of the Q block
+  int warp_row;       // first row of this warp's team
+  int last_key;       // one past the last key that any row of the Q block sees
+  Range blocks;       // K/V blocks that any row of the Q block sees
+  Range clean;        // those that every row sees as a whole
+  Range warp_blocks;  // the same for the rows of this warp
+  Range warp_clean;
 
   __device__ __forceinline__ Tile(const ForwardParams& p, const Grid& grid)
-      : Tile(p, grid, grid.place(blockIdx.x)) {}
+      : Tile(p, grid.place(blockIdx.x)) {}
 
-  __device__ __forceinline__ Tile(const ForwardParams& p, const Grid& grid, Place place)
+  __device__ __forceinline__ Tile(const ForwardParams& p, Place place)
       : batch(place.head / p.heads_q),
         head(place.head % p.heads_q),
         head_kv(head / (p.heads_q / p.heads_kv)),
         sequence(p, batch),
         row(place.block_q * Traits::kBlockQ),
-        warp_row(row + int(threadIdx.x) / 32 * Traits::kRowsPerWarp),
-        keys(sequence.keys(row, Traits::kBlockQ)),
-        blocks{keys.begin / kBlockKV, (keys.end + kBlockKV - 1) / kBlockKV} {}
+        warp_row(row + Team<Traits>().first_row),
+        last_key(sequence.keys(row, Traits::kBlockQ).end),
+        blocks(touched(row, Traits::kBlockQ)),
+        clean(filled(row, Traits::kBlockQ)),
+        warp_blocks(touched(warp_row, Traits::kRowsPerWarp)),
+        warp_clean(filled(warp_row, Traits::kRowsPerWarp)) {}
 
   __device__ __forceinline__ bool empty() const { return row >= sequence.seqlen_q; }
 
-  // Every row of the Q block, or of this warp, sees every key of block j.
-  __device__ __forceinline__ bool all_visible(int j) const {
-    return sequence.all_visible(row, Traits::kBlockQ, j * kBlockKV, kBlockKV);
+ private:
+  // Blocks of which some, or all, of the rows see some, or all, keys.
+  __device__ __forceinline__ Range touched(int first_row, int rows) const {
+    const Range keys = sequence.keys(first_row, rows);
+    return {keys.begin / kBlockKV, (keys.end + kBlockKV - 1) / kBlockKV};
   }
-  __device__ __forceinline__ bool warp_sees_all(int j) const {
-    return sequence.all_visible(warp_row, Traits::kRowsPerWarp, j * kBlockKV, kBlockKV);
-  }
-  __device__ __forceinline__ bool warp_sees_none(int j) const {
-    const Range seen = sequence.keys(warp_row, Traits::kRowsPerWarp);
-    return j * kBlockKV >= seen.end || (j + 1) * kBlockKV <= seen.begin;
+  __device__ __forceinline__ Range filled(int first_row, int rows) const {
+    const Range keys = sequence.common_keys(first_row, rows);
+    return {(keys.begin + kBlockKV - 1) / kBlockKV, keys.end / kBlockKV};
   }
 };
 

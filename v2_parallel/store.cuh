@@ -11,7 +11,7 @@ template <class Traits>
 __device__ __forceinline__ void store_lse(const Softmax<Traits>& softmax, const ForwardParams& p,
                                           const Tile<Traits>& tile) {
   const int lane = threadIdx.x % 32;
-  if (p.lse.data == nullptr || lane % 4 != 0) return;
+  if (p.lse.data == nullptr || lane % 4 != 0 || softmax.team.part != 0) return;
   float* gLSE = p.lse.data + tile.batch * p.lse.batch + tile.head * p.lse.head +
                 tile.sequence.row_q;  // (seqlen_q)
 #pragma unroll
@@ -27,27 +27,29 @@ __device__ __forceinline__ void store_lse(const Softmax<Traits>& softmax, const 
 // Through shared memory, over the warp's own rows of Q, so that whole rows leave at once.
 template <class Traits>
 __device__ __forceinline__ void store_state(const typename Traits::Output& O,
-                                            const Softmax<Traits>& softmax, Shared<Traits>& smem,
-                                            const ForwardParams& p, const Tile<Traits>& tile) {
+                                            const Softmax<Traits>& softmax,
+                                            const Shared<Traits>& smem, const ForwardParams& p,
+                                            const Tile<Traits>& tile) {
   using Element = typename Traits::Element;
   using Rows = typename Traits::ValueRows;
   store_lse(softmax, p, tile);
 
   const int lane = threadIdx.x % 32;
-  const uint32_t sO = shared_address(smem.q) +
-                      threadIdx.x / 32 * (Traits::kRowsPerWarp * Traits::QueryRows::kRowBytes);
+  const Team<Traits>& team = softmax.team;
+  const uint32_t sO = smem.q + team.first_row * Traits::QueryRows::kRowBytes;
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int n = 0; n < Traits::kTilesV; ++n) {
-        store_shared_4(sO + Rows::offset(m * 16 + h * 8 + lane / 4, n) + lane % 4 * 4,
-                       pack<Element>(O[m][n][2 * h], O[m][n][2 * h + 1]));
+        store_shared_4(
+            sO + Rows::offset(m * 16 + h * 8 + lane / 4, team.column_tile(n)) + lane % 4 * 4,
+            pack<Element>(O[m][n][2 * h], O[m][n][2 * h + 1]));
       }
     }
   }
-  __syncwarp();  // the warp's rows of O are complete in shared memory
+  __syncwarp();  // the warp's part of O is complete in shared memory
 
   Element* gO = static_cast<Element*>(p.o.data) + tile.batch * p.o.batch + tile.head * p.o.head +
                 (tile.sequence.row_q + tile.warp_row) * p.o.row;  // (kRowsPerWarp, kHeadDimV)
@@ -56,11 +58,11 @@ __device__ __forceinline__ void store_state(const typename Traits::Output& O,
   if constexpr (Traits::kFeatured) {
     aligned = (reinterpret_cast<uint64_t>(gO) % 16 == 0) && p.o.row % 8 == 0;
   }
-  constexpr int kChunks = Traits::kRowsPerWarp * Rows::kChunks;
+  constexpr int kChunks = Traits::kRowsPerWarp * Traits::kTilesV;
 #pragma unroll 4
   for (int i = lane; i < kChunks; i += 32) {
-    const int row = i / Rows::kChunks;
-    const int chunk = i % Rows::kChunks;
+    const int row = i / Traits::kTilesV;
+    const int chunk = team.column_tile(i % Traits::kTilesV);
     if (row >= rows || chunk * 8 >= p.head_dim_v) continue;
     uint32_t words[4];
     load_shared_16(words, sO + Rows::offset(row, chunk));
