@@ -17,8 +17,6 @@ def draw(dtype: torch.dtype = torch.bfloat16, dim: int = 64) -> list[Tensor]:
     return [torch.randn(1, n, h, dim, dtype=dtype) for n, h in ((40, 4), (70, 2), (70, 2))]
 
 
-
-
 @pytest.fixture(scope="module")
 def found() -> Comparison:
     torch.manual_seed(0)

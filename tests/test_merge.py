@@ -19,7 +19,7 @@ def draw(*shape: int, dtype: torch.dtype = FP64) -> Tensor:
 
 
 def part(kind: str, rows: int = 4) -> tuple[Tensor, Tensor]:
-    """"good": every row saw keys; "empty": none did; "mixed": every other row."""
+    """ "good": every row saw keys; "empty": none did; "mixed": every other row."""
     q, k, v = draw(1, rows, 2, 8), draw(1, 5, 2, 8), draw(1, 5, 2, 8)
     out, lse = flash.attention(q, k, v, return_lse=True, backend="reference")
     if kind != "good":

@@ -103,7 +103,9 @@ def test_blocks_do_not_show(block: int, monkeypatch: pytest.MonkeyPatch) -> None
     cut = reference.forward(*given, spec)
     torch.testing.assert_close(cut.out, whole.out)
     torch.testing.assert_close(cut.lse, whole.lse)
-    for a, b in zip(reference.backward(whole.out, whole.lse, *given, *whole, spec), grads, strict=True):
+    for a, b in zip(
+        reference.backward(whole.out, whole.lse, *given, *whole, spec), grads, strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -123,7 +125,9 @@ def test_long_sequences_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_math_in_fp32_on_request() -> None:
     given = [x.detach().float() for x in draw(20, 30)]
     spec = Spec(0.3)
-    exact, single = (reference.forward(*given, spec, math_dtype=d) for d in (torch.float64, torch.float32))
+    exact, single = (
+        reference.forward(*given, spec, math_dtype=d) for d in (torch.float64, torch.float32)
+    )
     torch.testing.assert_close(exact.out, single.out)
     assert not torch.equal(exact.out, single.out)
 

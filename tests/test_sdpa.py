@@ -58,7 +58,9 @@ def test_positional_order_is_torchs() -> None:
     assert names[:5] == ["query", "key", "value", "attn_mask", "dropout_p"]
     assert names[5:8] == ["is_causal", "scale", "enable_gqa"]
     given = draw((2,), 5, 5, 1)
-    torch.testing.assert_close(flash.sdpa(*given, None, 0.0, True), torch_sdpa(*given, None, 0.0, True))
+    torch.testing.assert_close(
+        flash.sdpa(*given, None, 0.0, True), torch_sdpa(*given, None, 0.0, True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

@@ -58,13 +58,20 @@ def test_equals_a_loop(name: str, options: dict[str, Any], backend: str) -> None
     expected = loop(given, *cu, backend=backend, **options)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
-    cotangent, finite = torch.randn_like(found[0]), [x[1].clamp_min(-1e30) for x in (found, expected)]
+    cotangent, finite = (
+        torch.randn_like(found[0]),
+        [x[1].clamp_min(-1e30) for x in (found, expected)],
+    )
     sides = zip((found, expected), finite, strict=True)
     grads = [
-        torch.autograd.grad((out * cotangent).sum() + 0.1 * lse.sum(), given, materialize_grads=True)
+        torch.autograd.grad(
+            (out * cotangent).sum() + 0.1 * lse.sum(), given, materialize_grads=True
+        )
         for (out, _), lse in sides
     ]
-    tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    tolerance = (
+        {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    )
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
@@ -125,9 +132,7 @@ def test_fp8_scales_of_each_sequence() -> None:
     scales = {f"{n}_descale": torch.rand(2, 1, 2) + 0.5 for n in "qkv"}
     found = flash.attention_varlen(*given, *cu, **scales)
     assert found.dtype == torch.bfloat16
-    for i, ((a, b), (c, d)) in enumerate(
-        zip(((0, 5), (5, 11)), ((0, 8), (8, 11)), strict=True)
-    ):
+    for i, ((a, b), (c, d)) in enumerate(zip(((0, 5), (5, 11)), ((0, 8), (8, 11)), strict=True)):
         part = (given[0][None, a:b], given[1][None, c:d], given[2][None, c:d])
         own = {name: scale[i : i + 1] for name, scale in scales.items()}
         assert torch.equal(found[a:b], flash.attention(*part, **own)[0])

@@ -45,8 +45,7 @@ def attention(
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim); float16, bfloat16, float32 or float8_e4m3fn.
-        k: (batch, seqlen_k, heads_kv, head_dim); heads_q is a multiple of heads_kv.
-        v: (batch, seqlen_k, heads_kv, head_dim_v).
+        k, v: (batch, seqlen_k, heads_kv, ..); heads_q is a multiple of heads_kv.
         causal: True aligns the last row with the last key; "top-left" the first with the first.
         window: (left, right) keys visible on each side of the diagonal; None for no limit.
         scale: of the scores; 1 / sqrt(head_dim) by default.
@@ -64,24 +63,9 @@ def attention(
     """
     if unknown:
         refuse_unknown("attention", unknown, _ATTENTION)
-    if calls.any_autocast():
-        q, k, v = calls.under_autocast(q, k, v)
-    scales = None
-    if q_descale is not None or k_descale is not None or v_descale is not None:
-        scales = (q_descale, k_descale, v_descale)
-    options = (causal, window, scale, softcap, deterministic, precision, layout, backend, scales)
-    ready = calls.prepare_dense(q, k, v, options)
-    if return_lse is not True and return_lse is not False:
-        flag("return_lse", return_lse)
-    target = None if out is None else calls.check_out(out, q, k, v, ready)
-    if not ready.swap:
-        found, lse = calls.launch(ready, q, k, v, target)
-    else:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        found, lse = calls.launch(ready, q, k, v, target)
-        found = found.transpose(1, 2)
-    found = found if out is None else out
-    return (found, lse) if return_lse else found
+    scales = (q_descale, k_descale, v_descale)
+    options = (causal, window, scale, softcap, deterministic, precision, layout, backend)
+    return calls.run_dense(q, k, v, options, scales, return_lse, out)
 
 
 def attention_varlen(

@@ -27,7 +27,7 @@ from flash.execute import (
     settle,
 )
 from flash.ops_autograd import calls, forward_backward
-from flash.options import LAYOUTS, backend_name, check_precision, choice, make_spec
+from flash.options import LAYOUTS, backend_name, check_precision, choice, flag, make_spec
 from flash.spec import Descale, Spec, Varlen
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -81,35 +81,65 @@ def under_autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     return q, k, v
 
 
-def prepare_dense(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Ready:
+def run_dense(
+    q: Any,
+    k: Any,
+    v: Any,
+    options: tuple[Any, ...],
+    scales: tuple[Any, Any, Any],
+    return_lse: bool,
+    out: Any,
+) -> Any:
+    """Checks, choice of the engine, the call, and its results in the caller's layout."""
+    if any_autocast():
+        q, k, v = under_autocast(q, k, v)
+    ready = prepare_dense(q, k, v, options, scales)
+    if return_lse is not True and return_lse is not False:
+        flag("return_lse", return_lse)
+    target = None if out is None else check_out(out, q, k, v, ready)
+    if not ready.swap:
+        found, lse = launch(ready, q, k, v, target)
+    else:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        found, lse = launch(ready, q, k, v, target)
+        found = found.transpose(1, 2)
+    found = found if out is None else out
+    return (found, lse) if return_lse else found
+
+
+def prepare_dense(
+    q: Any, k: Any, v: Any, options: tuple[Any, ...], scales: tuple[Any, Any, Any]
+) -> Ready:
     """The checked call; plain calls are remembered by everything that their checks read."""
     key = None
     direct = eager()
-    if direct and options[-1] is None:  # no FP8 scales
+    if direct and scales[0] is scales[1] is scales[2] is None:
         try:
             key = (
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
                 v.dtype, q.device, k.device, v.device, type(q), type(k), type(v),
                 (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
                 q.is_cuda and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-                options, *map(type, options),
+                options, *map(type, options), *map(type, options[1] or ()),
             )  # fmt: skip
             found = _ready.get(key)
         except (AttributeError, TypeError):
             key = found = None
         if found is not None:
             return found
-    ready = check_dense(q, k, v, options, direct)
-    if key is not None and ready.job is not None and options[1] is None:
+    ready = check_dense(q, k, v, options, scales, direct)
+    if key is not None and ready.job is not None:
         if len(_ready) >= _MAX_READY:
             _ready.clear()
         _ready[key] = ready
     return ready
 
 
-def check_dense(q: Any, k: Any, v: Any, options: tuple[Any, ...], direct: bool) -> Ready:
+def check_dense(
+    q: Any, k: Any, v: Any, options: tuple[Any, ...], scales: tuple[Any, Any, Any], direct: bool
+) -> Ready:
     """Every check of a dense call, in the order in which a reader would make them."""
-    causal, window, scale, softcap, deterministic, precision, layout, backend, scales = options
+    causal, window, scale, softcap, deterministic, precision, layout, backend = options
     choice("layout", layout, LAYOUTS)
     name = backend_name(backend)
     check_inputs(q, k, v, layout)
@@ -118,7 +148,7 @@ def check_dense(q: Any, k: Any, v: Any, options: tuple[Any, ...], direct: bool) 
     swap = layout == "bhsd"
     if swap:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    descale = check_descale(q, k, scales or (None, None, None))
+    descale = check_descale(q, k, scales)
     return finish_checks(q, k, v, (spec, name, swap, fp8, scale, descale, None), direct)
 
 
@@ -239,4 +269,3 @@ class Direct(torch.autograd.Function):
         saved = (dout, dlse, q, k, v, out, lse)
         decision = ready.job.decision.backward
         return (*run_backward(decision, ready.spec, saved, varlen=varlen), None)
-

@@ -119,7 +119,7 @@ def capabilities() -> dict[str, Capability]:
 
 
 def parse_arch(arch: str) -> Arch:
-    """"sm_80", "sm_90a", "80" or "8.0" -> (8, 0); "cpu" stays."""
+    """ "sm_80", "sm_90a", "80" or "8.0" -> (8, 0); "cpu" stays."""
     text = arch.strip().lower().removeprefix("sm_").removeprefix("sm").rstrip("af")
     if text == "cpu":
         return "cpu"

@@ -223,9 +223,7 @@ def no_backend(decision: Decision) -> FlashError:
 
 
 @lru_cache(maxsize=4096)
-def resolve(
-    request: Request, device: torch.device, backward: Request | None = None
-) -> Decision:
+def resolve(request: Request, device: torch.device, backward: Request | None = None) -> Decision:
     """The decision for tensors on this device; raises when nothing serves the request.
 
     With `backward`, the backend of the gradient is settled as well, before anything runs.

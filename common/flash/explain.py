@@ -153,13 +153,17 @@ def explain(
     unit = gpu(where)
     real = arch is None and q.device.type == "cuda"
     rows = tuple(_estimate(n, decision, (q, k, v), spec, unit, real) for n in BACKENDS)
-    sizes = {
-        "batch": q.shape[0], "seqlen_q": q.shape[1], "seqlen_k": k.shape[1],
-        "heads_q": q.shape[2], "heads_kv": k.shape[2], "head_dim": q.shape[3],
-        "head_dim_v": v.shape[3], "dtype": DTYPES[request.dtype],
-    }  # fmt: skip
+    sizes = _sizes(q, k, v, request.dtype)
     shown = torch.cuda.get_device_name(q.device) if real else unit.name if unit else ""
     return Explanation(decision, shown, sizes, rows)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "batch": q.shape[0], "seqlen_q": q.shape[1], "seqlen_k": k.shape[1],
+        "heads_q": q.shape[2], "heads_kv": k.shape[2], "head_dim": q.shape[3],
+        "head_dim_v": v.shape[3], "dtype": DTYPES[dtype],
+    }  # fmt: skip
 
 
 def _parse(arch: Any) -> Arch:

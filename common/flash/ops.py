@@ -20,9 +20,7 @@ from flash.spec import Descale, Result, Spec, Varlen
 NAMESPACE = "flash_generations"
 library = torch.library.Library(NAMESPACE, "DEF")
 
-_LENGTHS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-)
+_LENGTHS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
 _SCORES = (
     "float? scale, float softcap, SymInt? left, SymInt? right, bool top_left, "
     "bool deterministic, str backend"

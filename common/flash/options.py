@@ -97,7 +97,7 @@ def real(name: str, given: Any) -> float:
 
 
 def backend_name(given: Any) -> str:
-    """"v2" -> "v2_parallel"; "auto" stays."""
+    """ "v2" -> "v2_parallel"; "auto" stays."""
     if isinstance(given, str) and given in ALIASES:
         return ALIASES[given]
     return choice("backend", given, ("auto", *BACKENDS, *ALIASES))

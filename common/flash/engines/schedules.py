@@ -81,9 +81,7 @@ class Schedule:
             self._dense_backward(inputs, spec, part)
         return grads
 
-    def _dense_backward(
-        self, inputs: tuple[Tensor | None, ...], spec: Spec, grads: Grads
-    ) -> None:
+    def _dense_backward(self, inputs: tuple[Tensor | None, ...], spec: Spec, grads: Grads) -> None:
         q, k = inputs[2], inputs[3]
         if q is None or k is None or q.numel() == 0 or k.numel() == 0:
             for grad in grads:
