@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       load_block<Traits, kBlockQ>(
           shared.dout[step % Traits::kStagesDout],
           row_of<Element>(p.dout, tile.batch, tile.sequence.row_q, next_dout.head, row),
-          p.dout.row, row, tile.rows, p.head_dim);
+          p.dout.row, row, tile.rows, p.head_dim_v);
       next_dout.advance(tile.blocks);
     }
     cp_async_commit();
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       tile.key, tile.keys, p.head_dim);
   load_block<Traits, kBlockKV>(
       shared.v, row_of<Element>(p.v, tile.batch, tile.sequence.row_k, tile.head, tile.key), p.v.row,
-      tile.key, tile.keys, p.head_dim);
+      tile.key, tile.keys, p.head_dim_v);
   for (int step = 0; step < kDoutAhead; ++step) load_dout(step);
   for (int step = 0; step < Traits::kStages; ++step) load_q(step);
   cp_async_wait<1>();
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       tile.sequence.seqlen_k - tile.key, p.head_dim, shared.k);
   store_block<Traits, kBlockKV>(
       row_of<Element>(p.dv, tile.batch, tile.sequence.row_k, tile.head, tile.key), p.dv.row,
-      tile.sequence.seqlen_k - tile.key, p.head_dim, shared.v);
+      tile.sequence.seqlen_k - tile.key, p.head_dim_v, shared.v);
 }
 
 }  // namespace flash::v2

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
           p.k.row, key, keys, p.head_dim);
       load_block<Traits, kBlockKV>(
           values(stage), row_of<Element>(p.v, block.batch, sequence.row_k, head_kv, key),
-          p.v.row, key, keys, p.head_dim);
+          p.v.row, key, keys, p.head_dim_v);
     }
     cp_async_commit();
   };
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       block.row, rows, p.head_dim);
   load_block<Traits, kBlockQ>(
       shared.v, row_of<Element>(p.dout, block.batch, sequence.row_q, block.head, block.row),
-      p.dout.row, block.row, rows, p.head_dim);
+      p.dout.row, block.row, rows, p.head_dim_v);
   const int64_t at = block.head * workspace.rows + block.row +
                      BackwardWorkspace<Traits>::first_row(p, block.batch, sequence.row_q);
   load_kv(0);

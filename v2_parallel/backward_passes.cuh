@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kPassThreads)
     const int r = (n * kPassThreads + threadIdx.x) / kLanes;
     const int row = block.row + r;
     float sum = 0.0f;
-    if (row < sequence.seqlen_q && chunk * 8 < p.head_dim) {
+    if (row < sequence.seqlen_q && chunk * 8 < p.head_dim_v) {
       const uint4 a = load_chunk(o + row * p.o.row + chunk * 8, o_aligned);
       const uint4 b = load_chunk(dout + row * p.dout.row + chunk * 8, dout_aligned);
       const uint32_t* x = reinterpret_cast<const uint32_t*>(&a);
