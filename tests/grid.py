@@ -48,7 +48,7 @@ class Case:
 
     def __str__(self) -> str:
         parts = [f"{self.seqlen_q}x{self.seqlen_k}", f"d{self.dim}"]
-        parts += [f"dv{self.dim_v}"] if self.dim_v else []
+        parts += [f"out{self.dim_v}"] if self.dim_v else []
         parts += [] if self.heads_q == self.heads_kv else [f"h{self.heads_q}:{self.heads_kv}"]
         parts += [str(self.dtype).removeprefix("torch.")]
         parts += [] if self.causal is False else ["causal" if self.causal is True else "topleft"]
