@@ -29,6 +29,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "smoke: one minute on a GPU, every kernel touched")
+    config.addinivalue_line("markers", "timeout(seconds): where pytest-timeout is installed")
 
 
 @pytest.fixture(autouse=True)
