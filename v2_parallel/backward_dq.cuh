@@ -28,10 +28,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       keys.begin < keys.end ? (keys.end + kBlockKV - 1) / kBlockKV - first_block : 0;
   const int head_kv = block.head / (p.heads_q / p.heads_kv);
 
-  const int warp = threadIdx.x / 32;
-  int lane = threadIdx.x % 32;
-  const int row = warp / Traits::kSplit * Traits::kWarpKeys;  // first row of this warp
-  const int slice = warp % Traits::kSplit;                    // of the keys and channels
   // Where dO has one stage in the main kernel, V's second takes the place of dS.
   static_assert(Traits::kStagesDout == 2 || sizeof(shared.ds) >= sizeof(shared.dout[0]));
   const auto values = [&](int stage) {
@@ -80,17 +76,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     if (masked) scrub_keys<Traits, kBlockKV>(shared.q[stage], shared.poison);
 #pragma unroll 1
     for (int part = 0; part < kBlockKV; part += Traits::kStepQ) {
+      // Positions and addresses are computed again each time: kept for all steps, they would spill.
+      const WarpPlace<Traits> warp;
+      const int lane = warp.lane, row = warp.key, slice = warp.slice;
       const int key = part + slice * Traits::kWarpQ;  // in the block
-      lane = opaque(lane);  // addresses are computed again: kept for all steps, they would spill
       const uint32_t by_rows = lane_rows<Rows>(lane), by_columns = lane_columns<Rows>(lane);
       const uint32_t first_row = row * Rows::kRowBytes + by_rows;
       const uint32_t first_key = key * Rows::kRowBytes + by_columns;
       float rS[2][Traits::kWarpQ / 8][4] = {};
       float rdP[2][Traits::kWarpQ / 8][4];
       uint32_t rP[2][Traits::kWarpQ / 16][4], rdS[2][Traits::kWarpQ / 16][4];
-      gemm_scores<Traits, 0>(rS, shared_address(shared.k) + first_row, sK + first_key, [](int) {});
+      gemm_scores<Traits>(rS, shared_address(shared.k) + first_row, sK + first_key, [](int) {});
       start_negative<RowsByKeys>(rdP, stats_delta + row, lane);
-      gemm_scores<Traits, Traits::kScoreTiles>(
+      gemm_scores<Traits>(
           rdP, shared_address(shared.v) + first_row, sV + first_key, [&](int i) {
             exponentiate<Traits, RowsByKeys>(rP, rS, p, stats_lse + row, i, lane);
           });
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       if constexpr (Traits::kSplit > 1) {
         store_scores<Traits>(shared.p, rdS, row, key, lane);
         // dS of the rows that kSplit warps share is in shared memory.
-        named_barrier_sync(1 + warp / Traits::kSplit, Traits::kSplit * 32);
+        named_barrier_sync(1 + warp.index / Traits::kSplit, Traits::kSplit * 32);
       }
       gemm_keys<Traits>(
           rdQ, rdS,
@@ -112,7 +110,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   }
 
   __syncthreads();  // Q is no longer read
-  stage_keys<Traits>(shared.k, rdQ, p.scale, row, slice, lane);
+  const WarpPlace<Traits> warp;
+  stage_keys<Traits>(shared.k, rdQ, p.scale, warp.key, warp.slice, warp.lane);
   __syncthreads();  // dQ is staged
   store_block<Traits, kBlockQ>(
       row_of<Element>(p.dq, block.batch, sequence.row_q, block.head, block.row), p.dq.row,

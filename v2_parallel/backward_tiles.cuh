@@ -24,12 +24,6 @@ struct RowBlock {
   }
 };
 
-// The same value, which the compiler must take for a new one.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // Row `row` of one head of one sequence, whose rows start at `first`.
 template <class Element>
 __device__ __forceinline__ Element* row_of(const View& view, int batch, int64_t first, int head,
@@ -168,13 +162,13 @@ __device__ __forceinline__ uint32_t lane_columns(int lane) {
   return Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
-// S^T += K Q^T, and dP^T += V dO^T: 32 keys of this warp against kWarpQ rows. between(i), i below
-// kParts, is other work that hides behind the products.
-template <class Traits, int kParts, class Between>
+// S^T += K Q^T, and dP^T += V dO^T: 32 keys of this warp against kWarpQ rows. between(i) is other
+// work, one part for each of the kScoreTiles tiles, that hides behind the products.
+template <class Traits, class Between>
 __device__ __forceinline__ void gemm_scores(float (&rS)[2][Traits::kWarpQ / 8][4], uint32_t keys,
                                             uint32_t rows, Between between) {
   using Rows = typename Traits::Rows;
-  constexpr int kSteps = Traits::kHeadDim / 16;
+  constexpr int kSteps = Traits::kHeadDim / 16, kParts = Traits::kScoreTiles;
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     uint32_t a[2][4];
@@ -232,20 +226,13 @@ __device__ __forceinline__ void gemm_keys(float (&rdK)[2][Traits::kWarpDim / 8][
   }
 }
 
-// dQ = dS K: this warp's rows and channels, all keys of the block.
+// dQ = dS K: this warp's rows and the channels of one pass, all keys of the block.
 template <class Traits>
-__device__ __forceinline__ void gemm_dq(float (&rdQ)[Traits::kDqRows / 16][Traits::kDqDim / 8][4],
-                                        uint32_t ds, uint32_t keys) {
+__device__ __forceinline__ void gemm_dq(
+    float (&rdQ)[Traits::kDqRows / 16][Traits::kDqPassDim / 8][4], uint32_t ds, uint32_t keys,
+    int pass) {
   using Rows = typename Traits::Rows;
-  constexpr int kTiles = Traits::kDqRows / 16;
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < Traits::kDqDim / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) rdQ[m][n][e] = 0.0f;
-    }
-  }
+  constexpr int kTiles = Traits::kDqRows / 16, kColumns = Traits::kDqPassDim / 16;
 #pragma unroll
   for (int k = 0; k < Traits::kBlockKV / 16; ++k) {
     uint32_t a[kTiles][4];
@@ -255,10 +242,10 @@ __device__ __forceinline__ void gemm_dq(float (&rdQ)[Traits::kDqRows / 16][Trait
                                   k * 16 * Traits::Scores::kRowBytes);
     }
 #pragma unroll
-    for (int n = 0; n < Traits::kDqDim / 16; ++n) {
+    for (int n = 0; n < kColumns; ++n) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, Rows::advance(keys, n * Traits::kDqWarpsDim * 2) +
-                               k * 16 * Rows::kRowBytes);
+      const int column = (pass * kColumns + n) * Traits::kDqWarpsDim * 2;
+      ldmatrix_x4_trans(b, Rows::advance(keys, column) + k * 16 * Rows::kRowBytes);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         mma_m16n8k16<typename Traits::Element>(rdQ[m][n * 2], a[m], b[0], b[1]);
@@ -450,14 +437,20 @@ __device__ __forceinline__ int fragment_offset(int lane, int e) {
 #endif
 }
 
-// Adds accumulator tile i of this warp; `target` is the warp's first tile.
+// Adds this warp's share of one pass; `target` is its first tile in the block.
 template <class Traits>
 __device__ __forceinline__ void add_dq(
-    float* target, const float (&rdQ)[Traits::kDqRows / 16][Traits::kDqDim / 8][4], int i,
+    float* target, const float (&rdQ)[Traits::kDqRows / 16][Traits::kDqPassDim / 8][4], int pass,
     int lane) {
-  const int m = i % (Traits::kDqRows / 16), n = i / (Traits::kDqRows / 16);
-  const int chunk = n / 2 * Traits::kDqWarpsDim * 2 + n % 2;
-  add_fragment(target + (m * (Traits::kHeadDim / 8) + chunk) * 128, rdQ[m][n], lane);
+  constexpr int kColumns = Traits::kDqPassDim / 16;
+#pragma unroll
+  for (int m = 0; m < Traits::kDqRows / 16; ++m) {
+#pragma unroll
+    for (int n = 0; n < kColumns * 2; ++n) {
+      const int chunk = (pass * kColumns + n / 2) * Traits::kDqWarpsDim * 2 + n % 2;
+      add_fragment(target + (m * (Traits::kHeadDim / 8) + chunk) * 128, rdQ[m][n], lane);
+    }
+  }
 }
 
 // dK or dV, scaled and rounded, into a shared tile of rows.

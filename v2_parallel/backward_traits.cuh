@@ -42,11 +42,11 @@ struct BackwardTraits {
   static constexpr int kDqRows = kBlockQ / kDqWarpsQ;
   static constexpr int kDqWarpsDim = kWarps / kDqWarpsQ;
   static constexpr int kDqDim = kHeadDim / kDqWarpsDim;
-  static constexpr int kDqTiles = kDqRows / 16 * (kDqDim / 8);
-  // dQ is added to memory behind the next step's first product, if registers can hold it until then.
-  static constexpr bool kLateDq = kHeadDim > 128;
+  // A pass of at most 32 columns at a time: its sums leave while the next one multiplies.
+  static constexpr int kDqPasses = kDqDim / 32 > 1 ? kDqDim / 32 : 1;
+  static constexpr int kDqPassDim = kDqDim / kDqPasses;
   static_assert(kStages * kBlockQ >= kBlockKV, "dQ's kernel keeps the statistics of kBlockKV rows");
-  static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 && kDqDim % 16 == 0);
+  static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 && kDqPassDim % 16 == 0);
 
   using Rows = SwizzledRows<kHeadDim>;   // Q, dO, K, V
   using Scores = SwizzledRows<kBlockQ>;  // P and dS, transposed: (kBlockKV, kBlockQ)
@@ -97,6 +97,22 @@ struct BackwardWorkspace {
   }
 };
 
+// What this warp owns of a block: computed from the thread number wherever it is asked for.
+template <class Traits>
+struct WarpPlace {
+  int lane, index;
+  int key, slice;        // its first key, its slice of the rows of S and the channels of dK and dV
+  int dq_row, dq_slice;  // and of dQ
+
+  __device__ __forceinline__ WarpPlace() {
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));  // not the number that the compiler knows already
+    lane = thread % 32, index = thread / 32;
+    key = index / Traits::kSplit * Traits::kWarpKeys, slice = index % Traits::kSplit;
+    dq_row = index % Traits::kDqWarpsQ * Traits::kDqRows, dq_slice = index / Traits::kDqWarpsQ;
+  }
+};
+
 // The work of one CTA of the main kernel: a key block of one KV head, and the query blocks that see
 // any of it, for each query head of the group.
 template <class Traits>
@@ -108,7 +124,7 @@ struct BackwardTile {
   Range keys;      // keys that any row sees
   Range rows;      // rows that see any key of this block
   Range blocks;    // query blocks that hold them
-  Range plain;     // query blocks in which every row sees every key of this block
+  Range plain;     // first rows of query blocks in which every row sees every key of this block
   int heads;       // query heads that share the KV head
   int64_t padded;  // first row of the sequence in the workspace
 
@@ -128,6 +144,18 @@ struct BackwardTile {
   __device__ __forceinline__ int steps() const {
     return blocks.begin < blocks.end ? heads * (blocks.end - blocks.begin) : 0;
   }
+  __device__ __forceinline__ bool all_plain() const {
+    return plain.begin <= blocks.begin * kBlockQ && (blocks.end - 1) * kBlockQ < plain.end;
+  }
+
+  // The query head of a step, and the first row of its query block.
+  struct Step {
+    int head, row;
+  };
+  __device__ __forceinline__ Step step(int i) const {
+    const int n = blocks.end - blocks.begin, turn = heads == 1 ? 0 : i / n;
+    return {head * heads + turn, (blocks.begin + i - turn * n) * kBlockQ};
+  }
 
  private:
   __device__ __forceinline__ BackwardTile(const BackwardParams& p, int key, int head, int batch)
@@ -138,8 +166,7 @@ struct BackwardTile {
         keys(sequence.keys(0, sequence.seqlen_q)),
         rows(sequence.rows(key, kBlockKV)),
         blocks{rows.begin / kBlockQ, rows.begin < rows.end ? (rows.end + kBlockQ - 1) / kBlockQ : 0},
-        plain{max(0, key + kBlockKV - 1 - sequence.last + kBlockQ - 1) / kBlockQ,
-              max(0, key + 1 - sequence.first) / kBlockQ},
+        plain{max(0, key + kBlockKV - 1 - sequence.last), key - sequence.first - kBlockQ + 2},
         heads(p.heads_q / p.heads_kv),
         padded(BackwardWorkspace<Traits>::first_row(p, batch, sequence.row_q)) {
     if (key + kBlockKV > sequence.seqlen_k) plain = {0, 0};
