@@ -102,10 +102,10 @@ def _call_backward(
         found: Any = run(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
     else:
         run = aten._scaled_dot_product_flash_attention_backward.default
-        none = torch.empty(0, dtype=torch.int32, device=q.device)
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        sizes = (none, none, q.shape[2], k.shape[2])
-        found = run(dout, q, k, v, out, lse, *sizes, 0.0, causal, seed, none, scale=scale)
+        unused = torch.empty(0, dtype=torch.int32, device=q.device)
+        sizes = (None, None, q.shape[2], k.shape[2])  # any tensor there means packed sequences
+        found = run(dout, q, k, v, out, lse, *sizes, 0.0, causal, seed, unused, scale=scale)
     return found[0], found[1], found[2]
 
 
@@ -157,7 +157,7 @@ def _join_pieces(
         if len(parts) == 2:
             lse = torch.logaddexp(parts[0][1], parts[1][1])
             weights = [torch.exp(part - lse).unsqueeze(-1) for _, part in parts]
-            found = sum(w * o for w, (o, _) in zip(weights, parts, strict=True))  # type: ignore[assignment]
+            found = weights[0] * parts[0][0] + weights[1] * parts[1][0]
         result.out[:, span].copy_(found.transpose(1, 2))
         result.lse[:, :, span].copy_(lse)
 
