@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +195,25 @@ def test_last_dispatch_belongs_to_its_thread() -> None:
     last = flash.last_dispatch()
     assert last is not None
     assert last.backend == "reference"
+
+
+def listed_instances() -> list[tuple[str, str, str, int, int]]:
+    """(version, direction, dtype, head dim, of V) of every kernel that the build makes."""
+    text = (Path(__file__).parents[1] / "CMakeLists.txt").read_text()
+    names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "e4m3": "float8_e4m3fn"}
+    found = []
+    for version, body in re.findall(r"flash_add_version\((\w+)(.*?)\)", text, re.DOTALL):
+        for way, rows in re.findall(r"(FORWARD|BACKWARD)([^A-Z]*)", body):
+            for dtype, *dims in (item.split(":") for item in rows.split()):
+                found.append((version, way.lower(), names[dtype], int(dims[0]), int(dims[-1])))
+    return found
+
+
+@pytest.mark.parametrize("instance", listed_instances(), ids=lambda i: "-".join(map(str, i)))
+def test_what_is_built_is_in_the_table(instance: tuple[str, str, str, int, int]) -> None:
+    version, direction, dtype, dim, dim_v = instance
+    rows = [row for row in capability(version).rows if dtype in row.dtypes]
+    assert any((dim, dim_v) in row.dims(direction) for row in rows)
 
 
 def test_the_table_is_data() -> None:

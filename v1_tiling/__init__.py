@@ -2,7 +2,7 @@
 
 from flash.capability import Capability, Row, Tile
 
-_DIMS = ((32, 32), (64, 64), (128, 128))
+_DIMS = ((64, 64), (128, 128))
 
 CAPABILITY = Capability(
     name="v1_tiling",

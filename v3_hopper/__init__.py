@@ -2,8 +2,8 @@
 
 from flash.capability import Capability, Row, Tile
 
-_DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
-_FP8_DIMS = ((64, 64), (128, 128), (256, 256))
+_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+_FP8_DIMS = ((64, 64), (96, 96), (128, 128), (256, 256))
 
 CAPABILITY = Capability(
     name="v3_hopper",
@@ -16,6 +16,7 @@ CAPABILITY = Capability(
               "lse gradient", "deterministic", "strides", "head_dim_v"),
     tiles={
         ("forward", 64, 64): Tile(192, 128, 4, 512),
+        ("forward", 96, 96): Tile(128, 128, 2, 384),
         ("forward", 128, 128): Tile(128, 128, 2, 384),
         ("forward", 192, 128): Tile(128, 128, 2, 384),
         ("forward", 192, 192): Tile(128, 112, 2, 384),
