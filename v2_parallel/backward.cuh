@@ -2,7 +2,11 @@
 // dV in registers and adds its share of dQ in memory; S and P are recomputed from the saved LSE.
 #pragma once
 
-#include "v2_parallel/backward_tiles.cuh"
+#include "common/gemm_backward.cuh"
+#include "common/load_backward.cuh"
+#include "common/scores_backward.cuh"
+#include "common/store_backward.cuh"
+#include "v2_parallel/traits_backward.cuh"
 
 namespace flash::v2 {
 
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             exponentiate<Traits, KeysByRows>(rP, rS, p, shared.lse[stage] + row, i, lane);
           });
       if (masked) {
-        mask<Traits, KeysByRows>(rP, rS, rdP, tile.sequence, shared.poison + key,
+        mask_scores<Traits, KeysByRows>(rP, rS, rdP, tile.sequence, shared.poison + key,
                                  tile.step(step).row + row, tile.key + key, lane);
       }
       round_p<Traits>(rP, rS);

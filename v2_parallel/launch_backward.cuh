@@ -5,9 +5,9 @@
 
 #include "common/backend.h"
 #include "common/launch.cuh"
+#include "common/passes_backward.cuh"
 #include "v2_parallel/backward.cuh"
-#include "v2_parallel/backward_dq.cuh"
-#include "v2_parallel/backward_passes.cuh"
+#include "v2_parallel/dq_backward.cuh"
 
 namespace flash::v2 {
 

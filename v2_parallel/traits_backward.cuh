@@ -7,6 +7,7 @@
 #include "common/mask.cuh"
 #include "common/params.h"
 #include "common/swizzle.cuh"
+#include "common/workspace_backward.cuh"
 
 namespace flash::v2 {
 
@@ -24,6 +25,8 @@ struct BackwardTraits {
   static constexpr int kCtasPerSm = kHeadDim <= 128 ? 2 : 1;  // one hides the other's barriers
   static constexpr int kStages = 2;                           // of Q and its row statistics
   static constexpr int kStagesDout = kHeadDim == 96 || kHeadDim == 128 ? 1 : 2;
+
+  static constexpr bool kDqKernel = true;  // dQ has its own kernel when it must be deterministic
 
   // A warp owns 32 keys. kSplit warps share them: each takes a slice of the query rows in S and
   // dP, and a slice of the channels in dK and dV, so that the accumulators fit in registers.
@@ -63,38 +66,6 @@ struct BackwardTraits {
     BackwardTile<BackwardTraits> tile;  // not in registers, which the accumulators need
     uint32_t poison[kBlockKV];  // all ones for a key that was not finite, else 0
   };
-};
-
-// The only device memory of the backward pass: two statistics per row, and dQ in fp32. Rows are
-// padded to whole blocks for each sequence; dQ blocks are stored as accumulator fragments.
-template <class Traits>
-struct BackwardWorkspace {
-  float* lse;    // (heads_q, rows): LSE * log2(e), +inf for rows without a key
-  float* delta;  // (heads_q, rows): rowsum(dO * O) - dLSE
-  float* dq;     // (heads_q, rows / kBlockQ, kBlockQ * kHeadDim); null when deterministic
-  int64_t rows;
-
-  static int64_t padded_rows(const Problem& p, bool varlen) {
-    const int64_t dense = (int64_t(p.seqlen_q) + Traits::kBlockQ - 1) / Traits::kBlockQ * p.batch;
-    return (varlen ? p.total_q / Traits::kBlockQ + p.batch : dense) * Traits::kBlockQ;
-  }
-  static int64_t bytes(int64_t rows, const Problem& p) {
-    const int64_t columns = 2 + (p.deterministic ? 0 : Traits::kHeadDim);
-    return rows * p.heads_q * columns * int64_t(sizeof(float));
-  }
-  BackwardWorkspace(const BackwardParams& p) : rows(padded_rows(p, p.cu_seqlens_q != nullptr)) {
-    lse = static_cast<float*>(p.workspace);
-    delta = lse + rows * p.heads_q;
-    dq = p.deterministic ? nullptr : delta + rows * p.heads_q;
-  }
-
-  // First padded row of a sequence: below every later sequence's, above every earlier one's.
-  __device__ __forceinline__ static int64_t first_row(const BackwardParams& p, int batch,
-                                                      int64_t row_q) {
-    if (p.cu_seqlens_q != nullptr) return (row_q / Traits::kBlockQ + batch) * Traits::kBlockQ;
-    return int64_t(batch) * ((p.seqlen_q + Traits::kBlockQ - 1) / Traits::kBlockQ) *
-           Traits::kBlockQ;
-  }
 };
 
 // What this warp owns of a block: computed from the thread number wherever it is asked for.

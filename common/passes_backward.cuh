@@ -1,9 +1,13 @@
 // The passes around the main kernel: row statistics before it, dQ's rounding after it.
 #pragma once
 
-#include "v2_parallel/backward_tiles.cuh"
+#include <math_constants.h>
 
-namespace flash::v2 {
+#include "common/scores_backward.cuh"
+#include "common/store_backward.cuh"
+#include "common/workspace_backward.cuh"
+
+namespace flash {
 
 inline constexpr int kPassThreads = 256;
 
@@ -49,12 +53,12 @@ __global__ void __launch_bounds__(kPassThreads)
     }
     if (chunk == 0) {
       const int64_t stat = block.head * p.lse.head + block.batch * p.lse.batch + stats_row + row;
-      float lse = row < sequence.seqlen_q ? p.lse.data[stat] : -INFINITY;
-      const bool empty = lse == -INFINITY;
+      float lse = row < sequence.seqlen_q ? p.lse.data[stat] : -CUDART_INF_F;
+      const bool empty = lse == -CUDART_INF_F;
       if (!empty && p.dlse.data != nullptr) {
         sum -= p.dlse.data[block.head * p.dlse.head + block.batch * p.dlse.batch + stats_row + row];
       }
-      workspace.lse[at + r] = empty ? INFINITY : lse * kLog2e;
+      workspace.lse[at + r] = empty ? CUDART_INF_F : lse * kLog2e;
       workspace.delta[at + r] = empty ? 0.0f : sum;
     }
   }
@@ -98,4 +102,4 @@ __global__ void __launch_bounds__(kPassThreads)
   }
 }
 
-}  // namespace flash::v2
+}  // namespace flash

@@ -1,7 +1,11 @@
 // dQ in a fixed order, for deterministic gradients: Q outer, K/V inner, S and dP computed again.
 #pragma once
 
-#include "v2_parallel/backward_tiles.cuh"
+#include "common/gemm_backward.cuh"
+#include "common/load_backward.cuh"
+#include "common/scores_backward.cuh"
+#include "common/store_backward.cuh"
+#include "v2_parallel/traits_backward.cuh"
 
 namespace flash::v2 {
 
@@ -93,7 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             exponentiate<Traits, RowsByKeys>(rP, rS, p, stats_lse + row, i, lane);
           });
       if (masked) {
-        mask<Traits, RowsByKeys>(rP, rS, rdP, sequence, shared.poison + key, block.row + row,
+        mask_scores<Traits, RowsByKeys>(rP, rS, rdP, sequence, shared.poison + key, block.row + row,
                                  block_key + key, lane);
       }
       multiply_ds<Element>(rdS, rdP, rS);

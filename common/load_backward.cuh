@@ -1,0 +1,144 @@
+// Backward, global to shared memory: blocks of rows, zeros where there are none.
+#pragma once
+
+#include "common/mask.cuh"
+#include "common/ptx.cuh"
+
+namespace flash {
+
+// One query block of one head; `blocks` per sequence.
+template <int kRows>
+struct RowBlock {
+  int row, head, batch;
+
+  __device__ __forceinline__ RowBlock(const BackwardParams& p, int blocks) {
+    const int64_t index = blockIdx.x;
+    row = int(index % blocks) * kRows;
+    head = int(index / blocks % p.heads_q);
+    batch = int(index / blocks / p.heads_q);
+  }
+};
+
+// Row `row` of one head of one sequence, whose rows start at `first`.
+template <class Element>
+__device__ __forceinline__ Element* row_of(const View& view, int batch, int64_t first, int head,
+                                           int row) {
+  return static_cast<Element*>(view.data) + batch * view.batch + (first + row) * view.row +
+         head * view.head;
+}
+
+// Zeros in place of NaN and infinities; true if there was any.
+template <class Element>
+__device__ __forceinline__ bool remove_non_finite(uint32_t (&words)[4]) {
+  constexpr uint32_t kLow = kExponentBits<Element>, kHigh = kLow << 16;
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (!any_non_finite<Element>(words[i])) continue;
+    found = true;
+    if ((words[i] & kLow) == kLow) words[i] &= 0xffff0000u;
+    if ((words[i] & kHigh) == kHigh) words[i] &= 0x0000ffffu;
+  }
+  return found;
+}
+
+template <class Element>
+__device__ __forceinline__ bool rows_aligned(const Element* data, int64_t stride) {
+  return reinterpret_cast<uint64_t>(data) % 16 == 0 && stride % 8 == 0;
+}
+
+// How the threads of a CTA share the 16-byte chunks of a block of rows: 4 or 8 neighbours take
+// consecutive chunks of one row.
+template <class Traits>
+struct BlockCopy {
+  using Rows = typename Traits::Rows;
+  static constexpr int kLanesPerRow = Rows::kSpan;
+  static constexpr int kRowsPerPass = Traits::kThreads / kLanesPerRow;
+
+  // Calls visit(row, chunk, byte offset in shared memory, pointer) for each chunk of this thread;
+  // `data` is the block's first row. One pointer walks down the rows: many would need registers.
+  template <int kRows, class Pointer, class Visit>
+  static __device__ __forceinline__ void for_each(Pointer data, int64_t stride, Visit visit) {
+    static_assert(kRows % kRowsPerPass == 0 && kRowsPerPass % 8 == 0);
+    const int lane_row = threadIdx.x / kLanesPerRow, lane_chunk = threadIdx.x % kLanesPerRow;
+    const int offset = Rows::offset(lane_row, lane_chunk);
+    data += lane_row * stride + lane_chunk * 8;
+#pragma unroll
+    for (int row = 0; row < kRows; row += kRowsPerPass) {
+#pragma unroll
+      for (int chunk = 0; chunk < Rows::kChunks; chunk += kLanesPerRow) {
+        visit(lane_row + row, lane_chunk + chunk, offset + row * Rows::kRowBytes + chunk * 16,
+              data + chunk * 8);
+      }
+      data += kRowsPerPass * stride;
+      asm volatile("" : "+l"(data));
+    }
+  }
+};
+
+// Eight 16-bit elements from global memory; one by one when rows are not 16-byte aligned.
+template <class Element>
+__device__ __forceinline__ uint4 load_chunk(const Element* source, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4*>(source);
+  const auto* halves = reinterpret_cast<const uint16_t*>(source);
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+  return uint4{words[0], words[1], words[2], words[3]};
+}
+
+// One block of rows of one head into shared memory; rows outside `valid` and channels past
+// head_dim arrive as zeros, whatever the memory holds. `source` is the block's first row.
+template <class Traits, int kRows>
+__device__ __forceinline__ void load_block(typename Traits::Element* target,
+                                           const typename Traits::Element* source, int64_t stride,
+                                           int row, Range valid, int head_dim) {
+  using Copy = BlockCopy<Traits>;
+  const uint32_t base = shared_address(target);
+  const int begin = valid.begin - row, end = valid.end - row;
+  const bool aligned = !Traits::kFeatured || rows_aligned(source, stride);
+  if (aligned && begin <= 0 && end >= kRows && head_dim == Traits::kHeadDim) {
+    Copy::template for_each<kRows>(source, stride, [&](int, int, int offset, const auto* from) {
+      cp_async_16(base + offset, from, true);
+    });
+    return;
+  }
+  Copy::template for_each<kRows>(
+      source, stride, [&](int r, int chunk, int offset, const auto* from) {
+        const bool in_range = r >= begin && r < end && chunk * 8 < head_dim;
+        if (aligned) {
+          cp_async_16(base + offset, from, in_range);
+        } else {
+          const uint4 x = in_range ? load_chunk(from, false) : uint4{};
+          store_shared_16(base + offset, {x.x, x.y, x.z, x.w});
+        }
+      });
+}
+
+// Removes NaN and infinities from a block of keys, which dQ = dS K would spread to rows that do
+// not see them; poison[key] is a mask that makes the rows that do see them NaN. True if there was any.
+template <class Traits, int kRows>
+__device__ __forceinline__ bool scrub_keys(typename Traits::Element* keys, uint32_t* poison) {
+  using Copy = BlockCopy<Traits>;
+  const uint32_t base = shared_address(keys);
+  for (int r = threadIdx.x; r < kRows; r += Traits::kThreads) poison[r] = 0;
+  __syncthreads();  // the block has arrived, poison is clear
+  bool found = false;
+  Copy::template for_each<kRows>(keys, 0, [&](int r, int, int offset, const auto*) {
+    uint32_t words[4];
+    load_shared_16(words, base + offset);
+    if (!remove_non_finite<typename Traits::Element>(words)) return;
+    store_shared_16(base + offset, words);
+    poison[r] = ~0u;
+    found = true;
+  });
+  return __syncthreads_or(found);  // clean keys and their poison are visible
+}
+
+// One block of a row statistic; the workspace is padded, so no row is out of range.
+template <int kRows>
+__device__ __forceinline__ void load_stats(float* target, const float* source, int tid) {
+  if (tid < kRows / 4) cp_async_16(shared_address(target + tid * 4), source + tid * 4, true);
+}
+
+}  // namespace flash
