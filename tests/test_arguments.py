@@ -237,3 +237,16 @@ def test_second_call_does_not_see_the_first_ones_constants() -> None:
         assert torch.equal(plain, flash.attention(**given))
         assert torch.equal(changed, flash.attention(**given, **options))
         assert not torch.equal(plain, changed)
+
+
+def test_torchs_global_switch_counts() -> None:
+    given = dense()
+    flash.attention(**given)
+    torch.use_deterministic_algorithms(True)
+    try:
+        flash.attention(**given)
+        last = flash.last_dispatch()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert last is not None
+    assert "deterministic" in last.request.features

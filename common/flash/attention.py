@@ -53,7 +53,7 @@ def attention(
         q_descale, k_descale, v_descale: float32 (batch, blocks, heads_kv) of float8 inputs.
         precision: "fp8" quantizes 16-bit inputs for the forward pass; backward stays 16-bit.
         return_lse: also return the row's log-sum-exp, (batch, heads_q, seqlen_q), differentiable.
-        deterministic: the backward pass gives the same bits every time.
+        deterministic: backward gives the same bits every time; torch's global switch counts too.
         layout: "bshd", or "bhsd" for (batch, heads, seq, dim); neither copies.
         out: written and returned; not for tensors that want a gradient.
         backend: "auto", "v1", "v2", "v3", "torch" or "reference"; a name never falls back.

@@ -119,6 +119,7 @@ def prepare_dense(
                 q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
                 v.dtype, q.device, k.device, v.device, type(q), type(k), type(v),
                 (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
+                torch.are_deterministic_algorithms_enabled(),
                 q.is_cuda and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
                 options, *map(type, options), *map(type, options[1] or ()),
             )  # fmt: skip

@@ -26,10 +26,18 @@ BLOCK = 128  # rows that share a scale under quantize_fp8(granularity="block")
 INT_MAX = 2**31 - 1
 
 
+def concrete(x: Tensor) -> bool:
+    """Has values now: neither traced, nor fake, nor under a function transform."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+    return plain and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
 def validates(x: Tensor) -> bool:
     """Values are read on the CPU; on a GPU, where that waits for it, only if FLASH_VALIDATE=1."""
+    if not concrete(x):
+        return False
     if x.device.type == "cpu":
-        return not torch.compiler.is_compiling()
+        return True
     return x.device.type == "cuda" and os.environ.get("FLASH_VALIDATE") == "1"
 
 
@@ -65,7 +73,7 @@ def check_max_seqlen(name: str, given: Any, ends: list[int] | None, cu: Tensor, 
     if given is None:
         if longest is not None:
             return longest
-        if cu.device.type == "meta" or torch.compiler.is_compiling() or cu.shape[0] < 2:
+        if not concrete(cu) or cu.shape[0] < 2:
             return total
         if cu.is_cuda and torch.cuda.is_current_stream_capturing():
             return total

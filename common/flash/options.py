@@ -8,6 +8,8 @@ import sys
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from flash.capability import ALIASES, BACKENDS
 from flash.errors import ArgumentTypeError, UnsupportedError, unsupported, wrong_type, wrong_value
 from flash.spec import Spec
@@ -143,7 +145,8 @@ def make_spec(
     cap = real("softcap", softcap)
     if cap < 0:
         raise wrong_value("softcap", softcap, ">= 0", "0 switches it off")
-    return Spec(factor, cap, left, right, top_left, flag("deterministic", deterministic))
+    repeats = flag("deterministic", deterministic) or torch.are_deterministic_algorithms_enabled()
+    return Spec(factor, cap, left, right, top_left, repeats)
 
 
 def check_precision(precision: Any, dtype: Any, allowed: tuple[Any, ...]) -> bool:

@@ -64,15 +64,21 @@ def _served(q: Tensor, v: Tensor, spec: Spec) -> bool:
 def _plan(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Piece, ...] | None:
     """Pieces for PyTorch's kernels; None when the block-by-block path must run.
 
-    Those kernels multiply masked keys by zero, so non-finite keys under a triangle need that path.
+    Those kernels multiply masked keys by zero, so non-finite keys under a triangle need that path;
+    to find them a GPU is waited for, except while a CUDA graph is recorded.
     """
     if not _served(q, v, spec):
         return None
     cut = pieces(spec.left, spec.right, spec.top_left, q.shape[1], k.shape[1])
-    if cut is not None and q.device.type == "cpu" and spec.right is not None:
+    if cut is not None and spec.right is not None and not _capturing(q):
         finite = torch.isfinite(k).all() & torch.isfinite(v).all()
         return cut if bool(finite) else None
     return cut
+
+
+def _capturing(q: Tensor) -> bool:
+    """A CUDA graph is being recorded: nothing can be read back."""
+    return q.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _math_dtype(q: Tensor) -> torch.dtype:
