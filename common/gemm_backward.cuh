@@ -46,7 +46,7 @@ __device__ __forceinline__ void gemm_scores(float (&rS)[2][Traits::kWarpQ / 8][4
     for (int n = 0; n < kColumns * 2; ++n) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        const uint32_t(&rB)[4] = b[k % 2][n / 2];
+        const uint32_t (&rB)[4] = b[k % 2][n / 2];
         mma_m16n8k16<typename Traits::Element>(rS[m][n], a[k % 2][m], rB[n % 2 * 2],
                                                rB[n % 2 * 2 + 1]);
       }
@@ -113,8 +113,8 @@ __device__ __forceinline__ void gemm_dq(
   const auto fetch = [&](int k) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
-      ldmatrix_x4_trans(a[k % 2][m], Traits::Scores::advance(ds, m * 2) +
-                                         k * 16 * Traits::Scores::kRowBytes);
+      ldmatrix_x4_trans(a[k % 2][m],
+                        Traits::Scores::advance(ds, m * 2) + k * 16 * Traits::Scores::kRowBytes);
     }
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void gemm_dq(
     for (int n = 0; n < kColumns * 2; ++n) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        const uint32_t(&rB)[4] = b[k % 2][n / 2];
+        const uint32_t (&rB)[4] = b[k % 2][n / 2];
         mma_m16n8k16<typename Traits::Element>(rdQ[m][n], a[k % 2][m], rB[n % 2 * 2],
                                                rB[n % 2 * 2 + 1]);
       }

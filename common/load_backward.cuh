@@ -3,6 +3,7 @@
 
 #include "common/mask.cuh"
 #include "common/ptx.cuh"
+#include "common/workspace_backward.cuh"
 
 namespace flash {
 
@@ -116,7 +117,8 @@ __device__ __forceinline__ void load_block(typename Traits::Element* target,
 }
 
 // Removes NaN and infinities from a block of keys, which dQ = dS K would spread to rows that do
-// not see them; poison[key] is a mask that makes the rows that do see them NaN. True if there was any.
+// not see them; poison[key] is a mask that makes the rows that do see them NaN. True if there was
+// any.
 template <class Traits, int kRows>
 __device__ __forceinline__ bool scrub_keys(typename Traits::Element* keys, uint32_t* poison) {
   using Copy = BlockCopy<Traits>;
@@ -137,8 +139,59 @@ __device__ __forceinline__ bool scrub_keys(typename Traits::Element* keys, uint3
 
 // One block of a row statistic; the workspace is padded, so no row is out of range.
 template <int kRows>
-__device__ __forceinline__ void load_stats(float* target, const float* source, int tid) {
-  if (tid < kRows / 4) cp_async_16(shared_address(target + tid * 4), source + tid * 4, true);
+__device__ __forceinline__ void load_stats(float* target, const float* source) {
+  const int i = threadIdx.x * 4;
+  if (i < kRows) cp_async_16(shared_address(target + i), source + i, true);
+}
+
+// K and V of this CTA's key block.
+template <class Traits>
+__device__ __forceinline__ void load_keys(typename Traits::Shared& shared,
+                                          const BackwardParams& p) {
+  using Element = typename Traits::Element;
+  const auto& tile = shared.tile;
+  const int64_t first = tile.sequence.row_k;
+  load_block<Traits, Traits::kBlockKV>(shared.k,
+                                       row_of<Element>(p.k, tile.batch, first, tile.head, tile.key),
+                                       p.k.row, tile.key, tile.keys, p.head_dim);
+  load_block<Traits, Traits::kBlockKV>(shared.v,
+                                       row_of<Element>(p.v, tile.batch, first, tile.head, tile.key),
+                                       p.v.row, tile.key, tile.keys, p.head_dim_v);
+}
+
+// Q and the row statistics of one step, if there is one; closes the group of copies.
+template <class Traits>
+__device__ __forceinline__ void load_q(typename Traits::Shared& shared, const BackwardParams& p,
+                                       const BackwardWorkspace<Traits>& workspace, int step) {
+  using Element = typename Traits::Element;
+  const auto& tile = shared.tile;
+  if (step < tile.steps()) {
+    const auto [head, row] = tile.step(step);
+    const int stage = step % Traits::kStages;
+    load_block<Traits, Traits::kBlockQ>(
+        shared.q[stage], row_of<Element>(p.q, tile.batch, tile.sequence.row_q, head, row), p.q.row,
+        row, tile.rows, p.head_dim);
+    const int64_t at = head * workspace.rows + tile.padded + row;
+    load_stats<Traits::kBlockQ>(shared.lse[stage], workspace.lse + at);
+    load_stats<Traits::kBlockQ>(shared.delta[stage], workspace.delta + at);
+  }
+  cp_async_commit();
+}
+
+// dO of one step, if there is one; closes the group of copies.
+template <class Traits>
+__device__ __forceinline__ void load_dout(typename Traits::Shared& shared, const BackwardParams& p,
+                                          int step) {
+  using Element = typename Traits::Element;
+  const auto& tile = shared.tile;
+  if (step < tile.steps()) {
+    const auto [head, row] = tile.step(step);
+    load_block<Traits, Traits::kBlockQ>(
+        shared.dout[step % Traits::kStagesDout],
+        row_of<Element>(p.dout, tile.batch, tile.sequence.row_q, head, row), p.dout.row, row,
+        tile.rows, p.head_dim_v);
+  }
+  cp_async_commit();
 }
 
 }  // namespace flash

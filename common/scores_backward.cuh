@@ -77,10 +77,10 @@ __device__ __forceinline__ void exponentiate(uint32_t (&rP)[2][Traits::kWarpQ / 
 // it sees a key that was not finite.
 template <class Traits, class Place>
 __device__ __forceinline__ void mask_scores(uint32_t (&rP)[2][Traits::kWarpQ / 16][4],
-                                     float (&rS)[2][Traits::kWarpQ / 8][4],
-                                     float (&rdP)[2][Traits::kWarpQ / 8][4],
-                                     Sequence sequence, const uint32_t* poison, int row,
-                                     int key, int lane) {
+                                            float (&rS)[2][Traits::kWarpQ / 8][4],
+                                            float (&rdP)[2][Traits::kWarpQ / 8][4],
+                                            Sequence sequence, const uint32_t* poison, int row,
+                                            int key, int lane) {
   const unsigned band = sequence.last - sequence.first;
   const int diagonal = row - key + sequence.last, keys = sequence.seqlen_k - key;
 #pragma unroll

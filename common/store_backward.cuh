@@ -93,4 +93,26 @@ __device__ __forceinline__ void store_block(typename Traits::Element* target, in
   });
 }
 
+// dK and dV of this CTA's key block, through the places of K and V.
+template <class Traits>
+__device__ __forceinline__ void store_keys(typename Traits::Shared& shared, const BackwardParams& p,
+                                           const float (&rdK)[2][Traits::kWarpDim / 8][4],
+                                           const float (&rdV)[2][Traits::kWarpDim / 8][4], int key,
+                                           int slice, int lane) {
+  using Element = typename Traits::Element;
+  const auto& tile = shared.tile;
+  __syncthreads();  // K and V are no longer read
+  stage_keys<Traits>(shared.k, rdK, p.scale, key, slice, lane);
+  stage_keys<Traits>(shared.v, rdV, 1.0f, key, slice, lane);
+  __syncthreads();  // dK and dV are staged
+  const int64_t first = tile.sequence.row_k;
+  const int rows = tile.sequence.seqlen_k - tile.key;
+  store_block<Traits, Traits::kBlockKV>(
+      row_of<Element>(p.dk, tile.batch, first, tile.head, tile.key), p.dk.row, rows, p.head_dim,
+      shared.k);
+  store_block<Traits, Traits::kBlockKV>(
+      row_of<Element>(p.dv, tile.batch, first, tile.head, tile.key), p.dv.row, rows, p.head_dim_v,
+      shared.v);
+}
+
 }  // namespace flash

@@ -27,7 +27,8 @@ struct BackwardWorkspace {
     const int64_t columns = 2 + (adds_dq(p) ? Traits::kHeadDim : 0);
     return rows * p.heads_q * columns * int64_t(sizeof(float));
   }
-  explicit BackwardWorkspace(const BackwardParams& p) : rows(padded_rows(p, p.cu_seqlens_q != nullptr)) {
+  explicit BackwardWorkspace(const BackwardParams& p)
+      : rows(padded_rows(p, p.cu_seqlens_q != nullptr)) {
     lse = static_cast<float*>(p.workspace);
     delta = lse + rows * p.heads_q;
     dq = adds_dq(p) ? delta + rows * p.heads_q : nullptr;

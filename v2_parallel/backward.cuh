@@ -28,42 +28,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   }
   __syncthreads();  // the tile can be read
   auto& tile = shared.tile;
-  const int steps = tile.steps();
 
-  constexpr int kDoutAhead = Traits::kStagesDout;  // steps from the load of dO to its use
-  const auto load_q = [&](int step) {
-    if (step < steps) {
-      const auto [head, row] = tile.step(step);
-      const int stage = step % Traits::kStages;
-      load_block<Traits, kBlockQ>(
-          shared.q[stage],
-          row_of<Element>(p.q, tile.batch, tile.sequence.row_q, head, row), p.q.row, row,
-          tile.rows, p.head_dim);
-      const int64_t at = head * workspace.rows + tile.padded + row;
-      load_stats<kBlockQ>(shared.lse[stage], workspace.lse + at, threadIdx.x);
-      load_stats<kBlockQ>(shared.delta[stage], workspace.delta + at, threadIdx.x);
-    }
-    cp_async_commit();
-  };
-  const auto load_dout = [&](int step) {
-    if (step < steps) {
-      const auto [head, row] = tile.step(step);
-      load_block<Traits, kBlockQ>(
-          shared.dout[step % Traits::kStagesDout],
-          row_of<Element>(p.dout, tile.batch, tile.sequence.row_q, head, row),
-          p.dout.row, row, tile.rows, p.head_dim_v);
-    }
-    cp_async_commit();
-  };
-
-  load_block<Traits, kBlockKV>(
-      shared.k, row_of<Element>(p.k, tile.batch, tile.sequence.row_k, tile.head, tile.key), p.k.row,
-      tile.key, tile.keys, p.head_dim);
-  load_block<Traits, kBlockKV>(
-      shared.v, row_of<Element>(p.v, tile.batch, tile.sequence.row_k, tile.head, tile.key), p.v.row,
-      tile.key, tile.keys, p.head_dim_v);
-  for (int step = 0; step < kDoutAhead; ++step) load_dout(step);
-  for (int step = 0; step < Traits::kStages; ++step) load_q(step);
+  load_keys<Traits>(shared, p);
+  for (int step = 0; step < Traits::kStagesDout; ++step) load_dout<Traits>(shared, p, step);
+  for (int step = 0; step < Traits::kStages; ++step) load_q<Traits>(shared, p, workspace, step);
   cp_async_wait<1>();
   __syncthreads();  // K, V and the first Q, dO are in shared memory
   if (!tile.all_plain() && scrub_keys<Traits, kBlockKV>(shared.k, shared.poison)) {
@@ -71,10 +39,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     __syncthreads();                            // every thread sees that
   }
 
-  float rdK[2][Traits::kWarpDim / 8][4] = {};                  // (32, kWarpDim)
-  float rdV[2][Traits::kWarpDim / 8][4] = {};                  // (32, kWarpDim)
+  float rdK[2][Traits::kWarpDim / 8][4] = {};  // (32, kWarpDim)
+  float rdV[2][Traits::kWarpDim / 8][4] = {};  // (32, kWarpDim)
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < tile.steps(); ++step) {
     const int stage = step % Traits::kStages;
     const uint32_t sQ = shared_address(shared.q[stage]);
     const uint32_t sdO = shared_address(shared.dout[step % Traits::kStagesDout]);
@@ -94,18 +62,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       float rdP[2][Traits::kWarpQ / 8][4];
       uint32_t rP[2][Traits::kWarpQ / 16][4], rdS[2][Traits::kWarpQ / 16][4];
       gemm_scores<Traits>(rS, shared_address(shared.k) + by_keys, sQ + by_queries, [](int) {});
-      if constexpr (kDoutAhead == 1) {
+      if constexpr (Traits::kStagesDout == 1) {
         cp_async_wait<1>();
         __syncthreads();  // this dO has arrived
       }
       start_negative<KeysByRows>(rdP, shared.delta[stage] + row, lane);
-      gemm_scores<Traits>(
-          rdP, shared_address(shared.v) + by_keys, sdO + by_queries, [&](int i) {
-            exponentiate<Traits, KeysByRows>(rP, rS, p, shared.lse[stage] + row, i, lane);
-          });
+      gemm_scores<Traits>(rdP, shared_address(shared.v) + by_keys, sdO + by_queries, [&](int i) {
+        exponentiate<Traits, KeysByRows>(rP, rS, p, shared.lse[stage] + row, i, lane);
+      });
       if (masked) {
         mask_scores<Traits, KeysByRows>(rP, rS, rdP, tile.sequence, shared.poison + key,
-                                 tile.step(step).row + row, tile.key + key, lane);
+                                        tile.step(step).row + row, tile.key + key, lane);
       }
       round_p<Traits>(rP, rS);
       multiply_ds<Element>(rdS, rdP, rS);
@@ -122,8 +89,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
     cp_async_wait<0>();
     __syncthreads();  // dS is complete, the next Q has arrived, the places of Q and dO are free
-    load_dout(step + kDoutAhead);
-    load_q(step + Traits::kStages);
+    load_dout<Traits>(shared, p, step + Traits::kStagesDout);
+    load_q<Traits>(shared, p, workspace, step + Traits::kStages);
     if (workspace.dq != nullptr) {
       const WarpPlace<Traits> warp;
       const uint32_t queries = Scores::advance(lane_columns<Scores>(warp.lane), warp.dq_row / 8);
@@ -140,17 +107,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     }
   }
 
-  __syncthreads();  // K and V are no longer read
   const WarpPlace<Traits> warp;
-  stage_keys<Traits>(shared.k, rdK, p.scale, warp.key, warp.slice, warp.lane);
-  stage_keys<Traits>(shared.v, rdV, 1.0f, warp.key, warp.slice, warp.lane);
-  __syncthreads();  // dK and dV are staged
-  store_block<Traits, kBlockKV>(
-      row_of<Element>(p.dk, tile.batch, tile.sequence.row_k, tile.head, tile.key), p.dk.row,
-      tile.sequence.seqlen_k - tile.key, p.head_dim, shared.k);
-  store_block<Traits, kBlockKV>(
-      row_of<Element>(p.dv, tile.batch, tile.sequence.row_k, tile.head, tile.key), p.dv.row,
-      tile.sequence.seqlen_k - tile.key, p.head_dim_v, shared.v);
+  store_keys<Traits>(shared, p, rdK, rdV, warp.key, warp.slice, warp.lane);
 }
 
 }  // namespace flash::v2

@@ -25,28 +25,28 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   const RowBlock<kBlockQ> block(p, blocks);
   const Sequence sequence(p, block.batch);
   if (block.row >= sequence.seqlen_q) return;
-  const Range rows = sequence.rows(0, sequence.seqlen_k);   // rows that see any key
-  const Range keys = sequence.keys(block.row, kBlockQ);     // keys that these rows see
+  const Range rows = sequence.rows(0, sequence.seqlen_k);  // rows that see any key
+  const Range keys = sequence.keys(block.row, kBlockQ);    // keys that these rows see
   const int first_block = keys.begin / kBlockKV;
-  const int steps =
-      keys.begin < keys.end ? (keys.end + kBlockKV - 1) / kBlockKV - first_block : 0;
+  const int steps = keys.begin < keys.end ? (keys.end + kBlockKV - 1) / kBlockKV - first_block : 0;
   const int head_kv = block.head / (p.heads_q / p.heads_kv);
 
   // Where dO has one stage in the main kernel, V's second takes the place of dS.
   static_assert(Traits::kStagesDout == 2 || sizeof(shared.ds) >= sizeof(shared.dout[0]));
   const auto values = [&](int stage) {
     return Traits::kStagesDout == 2 ? shared.dout[stage % Traits::kStagesDout]
-                                    : stage == 0 ? shared.dout[0] : shared.ds[0];
+           : stage == 0             ? shared.dout[0]
+                                    : shared.ds[0];
   };
   const auto load_kv = [&](int step) {
     if (step < steps) {
       const int stage = step % Traits::kStages, key = (first_block + step) * kBlockKV;
-      load_block<Traits, kBlockKV>(
-          shared.q[stage], row_of<Element>(p.k, block.batch, sequence.row_k, head_kv, key),
-          p.k.row, key, keys, p.head_dim);
-      load_block<Traits, kBlockKV>(
-          values(stage), row_of<Element>(p.v, block.batch, sequence.row_k, head_kv, key),
-          p.v.row, key, keys, p.head_dim_v);
+      load_block<Traits, kBlockKV>(shared.q[stage],
+                                   row_of<Element>(p.k, block.batch, sequence.row_k, head_kv, key),
+                                   p.k.row, key, keys, p.head_dim);
+      load_block<Traits, kBlockKV>(values(stage),
+                                   row_of<Element>(p.v, block.batch, sequence.row_k, head_kv, key),
+                                   p.v.row, key, keys, p.head_dim_v);
     }
     cp_async_commit();
   };
@@ -92,13 +92,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       uint32_t rP[2][Traits::kWarpQ / 16][4], rdS[2][Traits::kWarpQ / 16][4];
       gemm_scores<Traits>(rS, shared_address(shared.k) + first_row, sK + first_key, [](int) {});
       start_negative<RowsByKeys>(rdP, stats_delta + row, lane);
-      gemm_scores<Traits>(
-          rdP, shared_address(shared.v) + first_row, sV + first_key, [&](int i) {
-            exponentiate<Traits, RowsByKeys>(rP, rS, p, stats_lse + row, i, lane);
-          });
+      gemm_scores<Traits>(rdP, shared_address(shared.v) + first_row, sV + first_key, [&](int i) {
+        exponentiate<Traits, RowsByKeys>(rP, rS, p, stats_lse + row, i, lane);
+      });
       if (masked) {
         mask_scores<Traits, RowsByKeys>(rP, rS, rdP, sequence, shared.poison + key, block.row + row,
-                                 block_key + key, lane);
+                                        block_key + key, lane);
       }
       multiply_ds<Element>(rdS, rdP, rS);
       if constexpr (Traits::kSplit > 1) {
@@ -107,8 +106,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         named_barrier_sync(1 + warp.index / Traits::kSplit, Traits::kSplit * 32);
       }
       gemm_keys<Traits>(
-          rdQ, rdS,
-          shared_address(shared.p) + row * Scores::kRowBytes + lane_rows<Scores>(lane),
+          rdQ, rdS, shared_address(shared.p) + row * Scores::kRowBytes + lane_rows<Scores>(lane),
           sK + part * Rows::kRowBytes + Rows::advance(by_rows, slice * 2), slice);
     }
   }

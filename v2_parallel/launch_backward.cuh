@@ -52,8 +52,8 @@ cudaError_t launch_backward_as(const BackwardParams& p) {
   if (status == cudaSuccess && row_grid > 0 && p.deterministic) {
     const int dq_blocks = int(blocks_of(p.seqlen_q, Traits::kBlockKV));
     const int64_t dq_grid = int64_t(dq_blocks) * p.heads_q * p.batch;
-    status = launch(dq_kernel<Traits>, dim3(unsigned(dq_grid)), Traits::kThreads,
-                    plan.shared_bytes, p.stream, p, workspace, dq_blocks);
+    status = launch(dq_kernel<Traits>, dim3(unsigned(dq_grid)), Traits::kThreads, plan.shared_bytes,
+                    p.stream, p, workspace, dq_blocks);
   } else if (status == cudaSuccess && row_grid > 0) {
     status = launch(finish_kernel<Traits>, dim3(unsigned(row_grid)), kPassThreads, 0, p.stream, p,
                     workspace, row_blocks);

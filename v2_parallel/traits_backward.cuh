@@ -49,7 +49,8 @@ struct BackwardTraits {
   static constexpr int kDqPasses = kDqDim / 32 > 1 ? kDqDim / 32 : 1;
   static constexpr int kDqPassDim = kDqDim / kDqPasses;
   static_assert(kStages * kBlockQ >= kBlockKV, "dQ's kernel keeps the statistics of kBlockKV rows");
-  static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 && kDqPassDim % 16 == 0);
+  static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 &&
+                kDqPassDim % 16 == 0);
 
   using Rows = SwizzledRows<kHeadDim>;   // Q, dO, K, V
   using Scores = SwizzledRows<kBlockQ>;  // P and dS, transposed: (kBlockKV, kBlockQ)
@@ -64,7 +65,7 @@ struct BackwardTraits {
     float lse[kStages][kBlockQ];  // at least kBlockKV in all
     float delta[kStages][kBlockQ];
     BackwardTile<BackwardTraits> tile;  // not in registers, which the accumulators need
-    uint32_t poison[kBlockKV];  // all ones for a key that was not finite, else 0
+    uint32_t poison[kBlockKV];          // all ones for a key that was not finite, else 0
   };
 };
 
@@ -136,7 +137,8 @@ struct BackwardTile {
         sequence(p, batch),
         keys(sequence.keys(0, sequence.seqlen_q)),
         rows(sequence.rows(key, kBlockKV)),
-        blocks{rows.begin / kBlockQ, rows.begin < rows.end ? (rows.end + kBlockQ - 1) / kBlockQ : 0},
+        blocks{rows.begin / kBlockQ,
+               rows.begin < rows.end ? (rows.end + kBlockQ - 1) / kBlockQ : 0},
         plain{max(0, key + kBlockKV - 1 - sequence.last), key - sequence.first - kBlockQ + 2},
         heads(p.heads_q / p.heads_kv),
         padded(BackwardWorkspace<Traits>::first_row(p, batch, sequence.row_q)) {
