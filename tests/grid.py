@@ -24,7 +24,7 @@ INF = math.inf
 ON_GPU = torch.cuda.is_available() and os.environ.get("FLASH_TEST_DEVICE", "cuda") != "cpu"
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-EPS = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 2.0**-22, torch.float64: 2.0**-50}
+EPS = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 2.0**-20, torch.float64: 2.0**-50}
 SHORT = {"v1_tiling": "v1", "v2_parallel": "v2", "v3_hopper": "v3"}
 
 
