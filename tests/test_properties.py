@@ -22,6 +22,7 @@ from grid import (
     differentiate,
     draw,
     expected,
+    serves,
     versions,
     visible,
 )
