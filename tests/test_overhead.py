@@ -40,9 +40,10 @@ def test_overhead(layout: str, lse: bool, record_property: Callable[[str, object
     q, k, v = tensors(layout)
     shown = [x if layout == "bshd" else x.transpose(1, 2) for x in (q, k, v)]
     spec = Spec(16**-0.5)
-    for _ in range(5):
-        engine = best(lambda: torch_sdpa.forward(*shown, spec))
-        whole = best(lambda: flash.attention(q, k, v, layout=layout, return_lse=lse))
+    engine = whole = float("inf")
+    for _ in range(25):  # until both met a quiet moment
+        engine = min(engine, best(lambda: torch_sdpa.forward(*shown, spec)))
+        whole = min(whole, best(lambda: flash.attention(q, k, v, layout=layout, return_lse=lse)))
         if whole - engine < LIMIT:
             break
     record_property("overhead_us", 1e6 * (whole - engine))
