@@ -59,13 +59,17 @@ __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source,
 }
 
 __device__ __forceinline__ void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
 }
 
 // All but the newest kPending groups of this thread have arrived.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
 }
 
 // --- barriers in shared memory (8 bytes): a phase ends when `count` arrivals have come. Before
