@@ -20,11 +20,14 @@ __device__ __forceinline__ void init_barriers(typename Traits::Shared& shared) {
   shared.k_full.init(1);
   shared.v_full.init(1);
   shared.landed.init(1);
-  for (int i = 0; i < Traits::kStages; ++i) {
+  constexpr int kWarps = Traits::kConsumers * 4;  // each arrives once
+  for (int i = 0; i < Traits::kStagesQ; ++i) {
     shared.q_full[i].init(1);
+    shared.q_free[i].init(kWarps);
+  }
+  for (int i = 0; i < Traits::kStagesDO; ++i) {
     shared.dout_full[i].init(1);
-    shared.q_free[i].init(Traits::kConsumers * 4);  // once per warp
-    shared.dout_free[i].init(Traits::kConsumers * 4);
+    shared.dout_free[i].init(kWarps);
   }
   fence_barrier_init();
 }
@@ -41,7 +44,7 @@ struct Consumer {
   const KeyTile& tile;
   const Sequence& sequence;
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0) - 1;  // uniform
-  const int key = Traits::kKeysPerWarpgroup * warpgroup;    // of this warpgroup, in the tile
+  const int key = Traits::kKeysPerWarpgroup * warpgroup;      // of this warpgroup, in the tile
   const int first_key = tile.block * Traits::kBlockKV + key;  // and in the sequence
   const int64_t block0 = first_block(p, sequence, tile.batch);
 
@@ -61,25 +64,6 @@ struct Consumer {
     return !sequence.all_visible(row, Traits::kBlockQ, first_key, 64);
   }
 
-  // Adds a step's dQ to the sums in L2 once its product is done, in a fixed order if asked for.
-  template <int kPending, int N>
-  __device__ __forceinline__ void add(float (&dq)[N], int head, int block) const {
-    const int64_t index = head * scratch.blocks + block0 + block;
-    int* turn = scratch.turn + index * Traits::kConsumers + warpgroup;
-    float* target = scratch.dq + index * (Traits::kConsumers * N * kWarpgroup) +
-                    warpgroup * (N * kWarpgroup) +
-                    threadIdx.x % kWarpgroup * 4;
-    if (p.deterministic) {
-      const int row = block * Traits::kBlockQ;
-      const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, row);
-      await_turn(turn, mine, kWarpgroupDone + warpgroup);
-    }
-    wgmma_wait<kPending>();  // dQ is there
-    pin(dq);
-    add_dq(target, dq);
-    if (p.deterministic) pass_turn(turn, kWarpgroupDone + warpgroup);
-  }
-
   // Rounds a gradient into this warpgroup's rows of a tile that nobody reads any more.
   template <class Tile, int N>
   __device__ __forceinline__ void stage(Tile& tile, const float (&d)[N], float scale) const {
@@ -88,9 +72,10 @@ struct Consumer {
   // Copies them to their place in dK or dV.
   template <class Tile>
   __device__ __forceinline__ void store(const Tile& staged, const View& view, int columns) const {
+    const Sequence again(p, tile.batch);  // cheaper than registers that live through the loop
     auto* target = static_cast<Element*>(view.data) + tile.batch * view.batch +
-                   tile.head_kv * view.head + (sequence.row_k + first_key) * view.row;
-    store_gradient(staged, key, target, view.row, sequence.seqlen_k - first_key, columns);
+                   tile.head_kv * view.head + (again.row_k + first_key) * view.row;
+    store_gradient(staged, key, target, view.row, again.seqlen_k - first_key, columns);
   }
 };
 
@@ -101,8 +86,19 @@ struct Fragments {
   float dv[Traits::kHeadDim / 2];
   float s[Traits::kBlockQ / 2];  // (64 keys, 64 rows): S, then P
   float dp[Traits::kBlockQ / 2];
-  float dq[Traits::kColumnsDQ / 2];   // (64 rows, this warpgroup's columns)
-  uint32_t p16[Traits::kBlockQ / 4];  // P^T as an operand
+  float dq[Traits::kColumnsDQ / 2];    // (64 rows, this warpgroup's columns)
+  uint32_t p16[Traits::kBlockQ / 4];   // P^T as an operand
+  uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
+  uint32_t k[Traits::kHeadDim / 4];    // this warpgroup's keys, if there is room
+  uint32_t v[Traits::kHeadDim / 4];
+};
+
+// Where a step finds its tiles.
+template <class Traits>
+struct Rings {
+  Ring<Traits::kStagesQ> q;
+  Ring<Traits::kStagesDO> dout;
+  Ring<2> ds;
 };
 
 // S^T of a step is issued: everything before it in shared memory is ready.
@@ -112,7 +108,11 @@ __device__ __forceinline__ void issue_scores(const Consumer<Traits>& self, Fragm
   self.shared.q_full[slot].wait(parity);
   pin(r.s);
   wgmma_begin();
-  gemm_scores<Traits::kHeadDim>(r.s, self.shared.k, self.key, self.shared.q[slot], false);
+  if constexpr (Traits::kRoomy) {
+    gemm_scores<Traits::kHeadDim>(r.s, r.k, self.shared.q[slot], false);
+  } else {
+    gemm_scores<Traits::kHeadDim>(r.s, self.shared.k, self.key, self.shared.q[slot], false);
+  }
   wgmma_commit();
 }
 
@@ -124,55 +124,123 @@ __device__ __forceinline__ void find_probabilities(const Consumer<Traits>& self,
   pin(r.s);
   if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
   if (self.masked(step.row())) mask(r.s, self.sequence, self.position(step.row()));
-  probabilities<typename Traits::Element, Traits::kSoftcap>(
-      r.s, r.p16, self.shared.lse[slot] + self.column(), exponent.scale);
+  float p[Traits::kBlockQ / 2];
+  probabilities<Traits::kSoftcap>(r.s, p, self.shared.lse[slot] + self.column(), exponent.scale);
+  round_operand<typename Traits::Element>(r.p16, p);
   pin(r.s);
   pin(r.p16);
+}
+
+// dP^T of a step is issued, from -delta on.
+template <class Traits>
+__device__ __forceinline__ void issue_dp(const Consumer<Traits>& self, Fragments<Traits>& r,
+                                         const Ring<Traits::kStagesDO>& dout) {
+  auto& shared = self.shared;
+  shared.dout_full[dout.slot].wait(dout.parity);
+  start_gradient(r.dp, shared.delta[dout.slot] + self.column());
+  pin(r.dp);
+  wgmma_begin();
+  if constexpr (Traits::kRoomy) {
+    gemm_scores<Traits::kHeadDim>(r.dp, r.v, shared.dout[dout.slot], true);
+  } else {
+    gemm_scores<Traits::kHeadDim>(r.dp, shared.v, self.key, shared.dout[dout.slot], true);
+  }
+  wgmma_commit();
+}
+
+// Adds a step's dQ to the sums in L2, in a fixed order if asked for.
+template <class Traits, int kPending>
+__device__ __forceinline__ void hand_over_dq(const Consumer<Traits>& self, Fragments<Traits>& r,
+                                             const RowSteps& step, uint32_t parity) {
+  auto& shared = self.shared;
+  const int warpgroup = self.warpgroup;
+  if constexpr (Traits::kStagedDQ) {
+    shared.dq_free[warpgroup].wait(parity ^ 1);
+    wgmma_wait<kPending>();  // dQ is there
+    pin(r.dq);
+    stage_dq(shared.dq[warpgroup], r.dq);
+    fence_async_proxy();
+    self.arrive(shared.dq_full[warpgroup]);
+  } else {
+    const int64_t index = step.head * self.scratch.blocks + self.block0 + step.block;
+    int* turn = self.scratch.turn + index * Traits::kConsumers + warpgroup;
+    float* target =
+        self.scratch.dq +
+        (index * Traits::kConsumers + warpgroup) * (Traits::kColumnsDQ / 2 * kWarpgroup) +
+        threadIdx.x % kWarpgroup * 4;
+    const bool leader = threadIdx.x % kWarpgroup == 0;
+    if (self.p.deterministic) {
+      if (leader)
+        await_turn(turn,
+                   self.tile.template turn<Traits::kBlockKV>(self.p, self.sequence, step.row()));
+      named_sync(kWarpgroupDone + warpgroup, kWarpgroup);
+    }
+    wgmma_wait<kPending>();  // dQ is there
+    pin(r.dq);
+    reduce_dq(target, r.dq);
+    if (self.p.deterministic) {
+      __threadfence();
+      named_sync(kWarpgroupDone + warpgroup, kWarpgroup);
+      if (leader) pass_turn(turn);
+    }
+  }
 }
 
 // One block of query rows, from P to dQ; and, unless it is the last, S and P of the next.
 template <class Traits, bool kLast>
 __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragments<Traits>& r,
                                           const Exponent& exponent, RowSteps& step,
-                                          Ring<Traits::kStages>& ring, bool first) {
+                                          Rings<Traits>& ring, bool first) {
+  constexpr int kNextDP = Traits::kEarlyDP && !kLast ? 1 : 0;  // products of the next step's dP
   auto& shared = self.shared;
-  const int slot = ring.slot;
+  const int slot_q = ring.q.slot;
+  const int slot_do = ring.dout.slot;
+  const int slot = ring.ds.slot;
   const bool masked = self.masked(step.row());
-  shared.dout_full[slot].wait(ring.parity);
-  start_gradient(r.dp, shared.delta[slot] + self.column());
-  pin(r.dp);
-  wgmma_begin();
-  gemm_scores<Traits::kHeadDim>(r.dp, shared.v, self.key, shared.dout[slot], true);
-  wgmma_commit();
+  if constexpr (Traits::kEarlyDP) {
+    wgmma_wait<0>();  // dP is there, and the dK before it
+  } else {
+    issue_dp(self, r, ring.dout);
+  }
   pin(r.p16);
-  gemm_gradient(r.dv, r.p16, shared.dout[slot]);
+  wgmma_begin();
+  gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
   wgmma_commit();
-  wgmma_wait<1>();  // dP is there, and the dK before it
+  if constexpr (!Traits::kEarlyDP) wgmma_wait<1>();  // dP is there, and the dK before it
   pin(r.dp);
-  if (!first) self.arrive(shared.q_free[slot ^ 1]);
+  if constexpr (Traits::kRoomy) pin(r.ds16);  // it may change
+  if (!first) self.arrive(shared.q_free[(slot_q + Traits::kStagesQ - 1) % Traits::kStagesQ]);
   if (masked) mask_gradient(r.dp, r.s);
-  uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
-  score_gradient<typename Traits::Element>(ds16, r.s, r.dp);
+  score_gradient(r.dp, r.s);
+  round_operand<typename Traits::Element>(r.ds16, r.dp);
 
   const RowSteps current = step;
   step.advance();
-  ring.advance();
-  if constexpr (!kLast) issue_scores(self, r, ring.slot, ring.parity);
+  ring.q.advance();
+  ring.dout.advance();
+  ring.ds.advance();
+  if constexpr (!kLast) issue_scores(self, r, ring.q.slot, ring.q.parity);
   const int warp = threadIdx.x / 32 % 4;
-  store_fragment(shared_address(shared.ds[slot][self.key + 16 * warp]), 0, ds16);
+  store_fragment(shared_address(shared.ds[slot][self.key + 16 * warp]), 0, r.ds16);
   fence_async_proxy();
   named_sync(kScoreGradientStored, Consumer<Traits>::kThreads);  // dS of all keys is there
   wgmma_begin();
   gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
   wgmma_commit();
-  gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot]);
-  wgmma_commit();
-  if constexpr (!kLast) {
-    wgmma_wait<2>();  // S is there, and the dV before it
-    self.arrive(shared.dout_free[slot]);
-    find_probabilities(self, r, exponent, step, ring.slot);
+  if constexpr (Traits::kRoomy) {
+    gemm_gradient(r.dk, r.ds16, shared.q[slot_q]);
+  } else {
+    gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot_q]);
   }
-  self.template add<1>(r.dq, current.head, current.block);
+  wgmma_commit();
+  if constexpr (kNextDP == 1) issue_dp(self, r, ring.dout);
+  if constexpr (!kLast) {
+    wgmma_wait<2 + kNextDP>();  // S is there, and the dV before it
+    pin(r.p16);                 // whose operand may change
+    self.arrive(shared.dout_free[slot_do]);
+    find_probabilities(self, r, exponent, step, ring.q.slot);
+  }
+  hand_over_dq<Traits, 1 + kNextDP>(self, r, current, slot);
 }
 
 template <class Traits>
@@ -187,10 +255,20 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
   pin(r.dv);
   if (step.valid()) {
     shared.k_full.wait(0);
-    Ring<Traits::kStages> ring;
+    Rings<Traits> ring;
+    if constexpr (Traits::kRoomy) {
+      for (uint32_t& x : r.ds16) x = 0;
+      load_fragment(r.k, shared.k, self.key);
+      pin(r.k);
+    }
     issue_scores(self, r, 0, 0);
     shared.v_full.wait(0);
+    if constexpr (Traits::kRoomy) {
+      load_fragment(r.v, shared.v, self.key);
+      pin(r.v);
+    }
     wgmma_wait<0>();
+    if constexpr (Traits::kEarlyDP) issue_dp(self, r, ring.dout);
     find_probabilities(self, r, exponent, step, 0);
     const int steps = step.count();
     for (int i = 0; i < steps - 1; ++i) {
@@ -198,6 +276,7 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
     }
     take_step<Traits, true>(self, r, exponent, step, ring, steps == 1);
     wgmma_wait<0>();
+    pin(r.p16);
     pin(r.dk);
     pin(r.dv);
   }
@@ -221,12 +300,21 @@ __global__ __launch_bounds__(Traits::kThreads,
   const int key = tile.block * Traits::kBlockKV;
   if (key >= sequence.seqlen_k) return;
   const RowSteps steps(p, tile, sequence.rows(key, Traits::kBlockKV));
-  if (threadIdx.x == 0) init_barriers<Traits>(shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      shared.dq_full[i].init(4);  // once per warp
+      shared.dq_free[i].init(1);
+    }
+    init_barriers<Traits>(shared);
+  }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
     shrink_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) {
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (warp == 0) {
       produce<Traits>(shared, p, maps, scratch, tile, sequence, steps);
+    } else if (Traits::kStagedDQ && warp <= Traits::kConsumers && elect_one()) {
+      add_dq<Traits>(shared, p, scratch, tile, sequence, steps, warp - 1);
     }
   } else {
     grow_registers<Traits::kConsumerRegisters>();

@@ -10,9 +10,11 @@ inline constexpr int kSlabRowsBytes = 16 * 128;  // 16 rows: one wgmma deep, ope
 
 // Scores, either way round: D (64, N) = A (64 rows from `row`, dim) B^T (N rows, dim).
 template <int kDim, class Element, int kChunks, int kRowsA, int kRowsB>
-__device__ __forceinline__ void gemm_scores(
-    float (&d)[kRowsB / 2], const Element (&a)[kChunks][kRowsA][kChunkColumns], int row,
-    const Element (&b)[kChunks][kRowsB][kChunkColumns], bool accumulate) {
+__device__ __forceinline__ void gemm_scores(float (&d)[kRowsB / 2],
+                                            const Element (&a)[kChunks][kRowsA][kChunkColumns],
+                                            int row,
+                                            const Element (&b)[kChunks][kRowsB][kChunkColumns],
+                                            bool accumulate) {
   const uint64_t rows = descriptor_k(a[0][row]);
   const uint64_t columns = descriptor_k(b[0]);
 #pragma unroll
@@ -25,6 +27,20 @@ __device__ __forceinline__ void gemm_scores(
   }
 }
 
+// The same with A (64 rows, dim) in registers.
+template <int kDim, class Element, int kChunks, int kRowsB>
+__device__ __forceinline__ void gemm_scores(float (&d)[kRowsB / 2], const uint32_t (&a)[kDim / 4],
+                                            const Element (&b)[kChunks][kRowsB][kChunkColumns],
+                                            bool accumulate) {
+  const uint64_t columns = descriptor_k(b[0]);
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i) {
+    wgmma<kRowsB>::template rs<Element>(
+        d, a + 4 * i, advance(columns, i / 4 * int(sizeof(b[0])) + i % 4 * kSlabBytes),
+        accumulate || i > 0);
+  }
+}
+
 // A gradient: D (64, dim) += A (64, kRows) from registers, B (kRows, dim).
 template <class Element, int N, int kSlabs, int kChunks, int kRows>
 __device__ __forceinline__ void gemm_gradient(float (&d)[N], const uint32_t (&a)[kSlabs],
@@ -33,8 +49,8 @@ __device__ __forceinline__ void gemm_gradient(float (&d)[N], const uint32_t (&a)
   const uint64_t rows = descriptor_mn(b, sizeof(b[0]));
 #pragma unroll
   for (int i = 0; i < kRows / 16; ++i) {
-    wgmma<2 * N>::template rs<Element, Major::kMN>(d, a + 4 * i,
-                                                   advance(rows, i * kSlabRowsBytes), true);
+    wgmma<2 * N>::template rs<Element, Major::kMN>(d, a + 4 * i, advance(rows, i * kSlabRowsBytes),
+                                                   true);
   }
 }
 

@@ -4,6 +4,8 @@
 #include "common/backend.h"
 #include "common/launch.cuh"
 #include "v3_hopper/backward.cuh"
+#include "v3_hopper/backward_keys.cuh"
+#include "v3_hopper/backward_queries.cuh"
 #include "v3_hopper/rows_backward.cuh"
 
 namespace flash::v3 {
@@ -35,9 +37,8 @@ inline int heads_at_once(const Problem& p) {
   return int(fit < 1 ? 1 : fit < heads ? fit : heads);
 }
 
-template <class Traits>
-Scratch make_scratch(const BackwardParams& p) {
-  const ScratchLayout layout(p, Traits::kPaddedDim, p.cu_seqlens_q != nullptr);
+inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
+  const ScratchLayout layout(p, dim, p.cu_seqlens_q != nullptr);
   auto* base = static_cast<char*>(p.workspace);
   Scratch scratch;
   scratch.dq = reinterpret_cast<float*>(base);
@@ -45,7 +46,7 @@ Scratch make_scratch(const BackwardParams& p) {
   scratch.delta = reinterpret_cast<float*>(base + layout.dq + layout.stats);
   scratch.turn = reinterpret_cast<int*>(base + layout.dq + 2 * layout.stats);
   scratch.blocks = layout.blocks;
-  scratch.tiles_per_head = (p.seqlen_k + Traits::kBlockKV - 1) / Traits::kBlockKV;
+  scratch.tiles_per_head = (p.seqlen_k + block_kv - 1) / block_kv;
   scratch.heads_at_once = heads_at_once(p);
   return scratch;
 }
@@ -75,16 +76,17 @@ cudaError_t make_backward_maps(BackwardMaps& maps, const BackwardParams& p, int 
   return status;
 }
 
+// Up to 128 dims: one kernel for all gradients, between two short ones.
 template <class Traits>
-cudaError_t launch_streaming_rows(const BackwardParams& p) {
+cudaError_t launch_narrow(const BackwardParams& p) {
   using Element = typename Traits::Element;
   BackwardMaps maps;
   cudaError_t status = make_backward_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockKV);
   if (status != cudaSuccess) return status;
-  const Scratch scratch = make_scratch<Traits>(p);
+  constexpr int kDim = Traits::kPaddedDim;
+  const Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
   const dim3 rows(blocks_of(p.seqlen_q), p.heads_q, p.batch);
   const dim3 tiles(scratch.tiles_per_head * p.heads_kv * p.batch);
-  constexpr int kDim = Traits::kPaddedDim;
   if (rows.x > 0) {
     status = launch(prepare_rows<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
   }
@@ -98,27 +100,75 @@ cudaError_t launch_streaming_rows(const BackwardParams& p) {
   return status;
 }
 
-template <class Instance>
-cudaError_t launch_backward(const BackwardParams& p) {
-  if (p.softcap > 0.0f) return launch_streaming_rows<BackwardTraits<Instance, true>>(p);
-  return launch_streaming_rows<BackwardTraits<Instance, false>>(p);
+// Wider: dK and dV of all keys, then dQ of all rows.
+template <class Keys, class Queries>
+cudaError_t launch_wide(const BackwardParams& p) {
+  using Element = typename Keys::Element;
+  BackwardMaps keys_maps, queries_maps;
+  cudaError_t status = make_backward_maps<Element>(keys_maps, p, Keys::kBlockQ, Keys::kBlockKV);
+  if (status == cudaSuccess) {
+    status = make_backward_maps<Element>(queries_maps, p, Queries::kBlockQ, Queries::kBlockKV);
+  }
+  if (status != cudaSuccess) return status;
+  const Scratch scratch = make_scratch(p, 0, Keys::kBlockKV);
+  const dim3 rows(blocks_of(p.seqlen_q), p.heads_q, p.batch);
+  const dim3 key_tiles(scratch.tiles_per_head * p.heads_kv * p.batch);
+  const dim3 row_tiles((p.seqlen_q + Queries::kBlockQ - 1) / Queries::kBlockQ * p.heads_q *
+                       p.batch);
+  if (rows.x > 0) {
+    status = launch(prepare_rows<Element, Keys::kHeadDimV, false>, rows, kRowThreads, 0, p.stream,
+                    p, scratch);
+  }
+  if (status == cudaSuccess && key_tiles.x > 0) {
+    status = launch(backward_keys<Keys>, key_tiles, Keys::kThreads, Keys::kSharedBytes, p.stream, p,
+                    keys_maps, scratch);
+  }
+  if (status == cudaSuccess && row_tiles.x > 0) {
+    status = launch(backward_queries<Queries>, row_tiles, Queries::kThreads, Queries::kSharedBytes,
+                    p.stream, p, queries_maps, scratch);
+  }
+  return status;
 }
 
 template <class Instance>
-Plan plan_backward(const Problem& p) {
-  using Traits = BackwardTraits<Instance, false>;
-  const int64_t dense = ScratchLayout(p, Traits::kPaddedDim, false).bytes();
-  const int64_t varlen = ScratchLayout(p, Traits::kPaddedDim, true).bytes();
+inline constexpr bool kWide = Instance::kHeadDim > 128 || Instance::kHeadDimV > 128;
+
+template <class Instance>
+cudaError_t launch_backward(const BackwardParams& p) {
+  if constexpr (kWide<Instance>) {
+    return p.softcap > 0.0f
+               ? launch_wide<KeysTraits<Instance, true>, QueriesTraits<Instance, true>>(p)
+               : launch_wide<KeysTraits<Instance, false>, QueriesTraits<Instance, false>>(p);
+  } else {
+    return p.softcap > 0.0f ? launch_narrow<BackwardTraits<Instance, true>>(p)
+                            : launch_narrow<BackwardTraits<Instance, false>>(p);
+  }
+}
+
+template <class Traits>
+Plan plan_of(const Problem& p, int scratch_dim) {
   Plan plan;
   plan.block_q = Traits::kBlockQ;
   plan.block_kv = Traits::kBlockKV;
-  plan.stages = Traits::kStages;
+  plan.stages = Traits::kStagesQ;
   plan.threads = Traits::kThreads;
   plan.grid =
       int64_t((p.seqlen_k + Traits::kBlockKV - 1) / Traits::kBlockKV) * p.heads_kv * p.batch;
   plan.shared_bytes = Traits::kSharedBytes;
+  const int64_t dense = ScratchLayout(p, scratch_dim, false).bytes();
+  const int64_t varlen = ScratchLayout(p, scratch_dim, true).bytes();
   plan.workspace_bytes = dense > varlen ? dense : varlen;
   return plan;
+}
+
+template <class Instance>
+Plan plan_backward(const Problem& p) {
+  if constexpr (kWide<Instance>) {
+    return plan_of<KeysTraits<Instance, false>>(p, 0);
+  } else {
+    using Traits = BackwardTraits<Instance, false>;
+    return plan_of<Traits>(p, Traits::kPaddedDim);
+  }
 }
 
 }  // namespace flash::v3

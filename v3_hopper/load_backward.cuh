@@ -30,6 +30,26 @@ __device__ __forceinline__ void clear_rows(Element (&tile)[kChunks][kRows][kChun
   }
 }
 
+// A warpgroup's 64 rows of a tile, from `row`, as a register operand.
+template <class Element, int kChunks, int kRows, int N>
+__device__ __forceinline__ void load_fragment(uint32_t (&r)[N],
+                                              const Element (&tile)[kChunks][kRows][kChunkColumns],
+                                              int row) {
+  static_assert(N == kChunks * 16, "whole chunks");
+  const int lane = threadIdx.x % 32;
+  const int mine = row + threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int slab = 0; slab < N / 4; ++slab) {
+    const int piece = (slab % 4 * 2 + lane / 16) ^ (mine % 8);
+    const uint32_t address = shared_address(&tile[slab / 4][mine][piece * 8]);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[4 * slab]), "=r"(r[4 * slab + 1]), "=r"(r[4 * slab + 2]),
+                   "=r"(r[4 * slab + 3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
 // The warp that fills shared memory, ahead of the consumers by the depth of the ring.
 template <class Traits>
 struct Producer {
@@ -83,20 +103,23 @@ __device__ __forceinline__ void produce(typename Traits::Shared& shared, const B
   const Range seen_rows = sequence.rows(0, sequence.seqlen_k);
   const int64_t block0 = first_block(p, sequence, tile.batch);
   self.load(shared.k, maps.k, keys, shared.k_full, Keep::kFirstOut, first_key, seen_keys);
-  Ring<Traits::kStages> ring;
-  for (bool first = true; step.valid(); step.advance(), ring.advance(), first = false) {
+  Ring<Traits::kStagesQ> q;
+  Ring<Traits::kStagesDO> dout;
+  for (bool first = true; step.valid(); first = false) {
     const Coordinate at{0, int(sequence.row_q) + step.row(), step.head, batch};
     const int64_t stats = (step.head * scratch.blocks + block0 + step.block) * Traits::kBlockQ;
-    const int slot = ring.slot;
-    shared.q_free[slot].wait(ring.parity ^ 1);
-    self.load(shared.q[slot], maps.q, at, shared.q_full[slot], Keep::kLastOut, step.row(),
-              seen_rows, shared.lse[slot], scratch.lse + stats);
+    shared.q_free[q.slot].wait(q.parity ^ 1);
+    self.load(shared.q[q.slot], maps.q, at, shared.q_full[q.slot], Keep::kLastOut, step.row(),
+              seen_rows, shared.lse[q.slot], scratch.lse + stats);
     if (first) {
       self.load(shared.v, maps.v, keys, shared.v_full, Keep::kFirstOut, first_key, seen_keys);
     }
-    shared.dout_free[slot].wait(ring.parity ^ 1);
-    self.load(shared.dout[slot], maps.dout, at, shared.dout_full[slot], Keep::kLastOut, step.row(),
-              seen_rows, shared.delta[slot], scratch.delta + stats);
+    shared.dout_free[dout.slot].wait(dout.parity ^ 1);
+    self.load(shared.dout[dout.slot], maps.dout, at, shared.dout_full[dout.slot], Keep::kLastOut,
+              step.row(), seen_rows, shared.delta[dout.slot], scratch.delta + stats);
+    step.advance();
+    q.advance();
+    dout.advance();
   }
 }
 

@@ -56,22 +56,26 @@ __device__ __forceinline__ void cap_scores(float (&s)[N], const Exponent& expone
   for (int i = 0; i < N; ++i) s[i] = tanh_of_exp2(s[i] * exponent.inner);
 }
 
-// S -> P in 16 bits; s keeps P (with softcap: P times the derivative of the cap) in fp32.
-template <class Element, bool kSoftcap, int N>
-__device__ __forceinline__ void probabilities(float (&s)[N], uint32_t (&p)[N / 2], const float* lse,
+// S -> P, in fp32. With softcap s holds tanh and becomes P times the derivative of the cap.
+template <bool kSoftcap, int N>
+__device__ __forceinline__ void probabilities(float (&s)[N], float (&p)[N], const float* lse,
                                               float scale) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
     const float2 shift = *reinterpret_cast<const float2*>(lse + 2 * i);
-    float value[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      value[j] = fast_exp2(s[i + j] * scale - (j % 2 == 0 ? shift.x : shift.y));
-      s[i + j] = kSoftcap ? value[j] * fmaxf(1.0f - s[i + j] * s[i + j], 0.0f) : value[j];
+    for (int j = i; j < i + 4; ++j) {
+      p[j] = fast_exp2(s[j] * scale - (j % 2 == 0 ? shift.x : shift.y));
+      s[j] = kSoftcap ? p[j] * fmaxf(1.0f - s[j] * s[j], 0.0f) : p[j];
     }
-    p[i / 2] = pack<Element>(value[0], value[1]);
-    p[i / 2 + 1] = pack<Element>(value[2], value[3]);
   }
+}
+
+// Accumulators rounded to an operand.
+template <class Element, int N>
+__device__ __forceinline__ void round_operand(uint32_t (&r)[N / 2], const float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) r[i / 2] = pack<Element>(x[i], x[i + 1]);
 }
 
 // dP starts at -delta, so that the product leaves dP - delta.
@@ -85,12 +89,11 @@ __device__ __forceinline__ void start_gradient(float (&dp)[N], const float* delt
   }
 }
 
-// dS = P (dP - delta), in 16 bits.
-template <class Element, int N>
-__device__ __forceinline__ void score_gradient(uint32_t (&ds)[N / 2], const float (&p)[N],
-                                               const float (&dp)[N]) {
+// dP -> dS = P (dP - delta).
+template <int N>
+__device__ __forceinline__ void score_gradient(float (&dp)[N], const float (&p)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; i += 2) ds[i / 2] = pack<Element>(p[i] * dp[i], p[i + 1] * dp[i + 1]);
+  for (int i = 0; i < N; ++i) dp[i] *= p[i];
 }
 
 }  // namespace flash::v3

@@ -3,6 +3,7 @@
 
 #include "common/ptx.cuh"
 #include "v3_hopper/schedule_backward.cuh"
+#include "v3_hopper/tma.cuh"
 
 namespace flash::v3 {
 
@@ -29,9 +30,20 @@ __device__ __forceinline__ void store_fragment(uint32_t rows, int chunk_bytes,
 
 // --- dQ ---
 
-// Adds this warpgroup's part of a dQ block in L2; `target` is this thread's place in it.
+// Puts a warpgroup's part of a dQ block where the copy engine can add it from.
 template <int N>
-__device__ __forceinline__ void add_dq(float* target, const float (&dq)[N]) {
+__device__ __forceinline__ void stage_dq(float* staged, const float (&dq)[N]) {
+  float* mine = staged + threadIdx.x % kWarpgroup * 4;
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    *reinterpret_cast<float4*>(mine + i * kWarpgroup) =
+        float4{dq[i], dq[i + 1], dq[i + 2], dq[i + 3]};
+  }
+}
+
+// Adds a warpgroup's part of a dQ block in L2; `target` is this thread's place in it.
+template <int N>
+__device__ __forceinline__ void reduce_dq(float* target, const float (&dq)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
     asm volatile(
@@ -42,22 +54,39 @@ __device__ __forceinline__ void add_dq(float* target, const float (&dq)[N]) {
 }
 
 // Deterministic sums: returns when it is this key tile's turn.
-__device__ __forceinline__ void await_turn(const int* turn, int mine, int barrier) {
-  if (threadIdx.x % kWarpgroup == 0) {
-    int now;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-    } while (now != mine);
-  }
-  named_sync(barrier, kWarpgroup);
+__device__ __forceinline__ void await_turn(const int* turn, int mine) {
+  int now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+  } while (now != mine);
 }
 
-// All adds of this warpgroup are done: the next key tile may add.
-__device__ __forceinline__ void pass_turn(int* turn, int barrier) {
-  __threadfence();
-  named_sync(barrier, kWarpgroup);
-  if (threadIdx.x % kWarpgroup == 0) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+// This thread's adds are done, in memory: the next key tile may add.
+__device__ __forceinline__ void pass_turn(int* turn) {
+  asm volatile("cp.async.bulk.wait_group 0;\nfence.proxy.async;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
+
+// One thread per consumer warpgroup adds what that warpgroup stages to the sums in L2.
+template <class Traits>
+__device__ __forceinline__ void add_dq(typename Traits::Shared& shared, const BackwardParams& p,
+                                       const Scratch& scratch, const KeyTile& tile,
+                                       const Sequence& sequence, RowSteps step, int warpgroup) {
+  constexpr int kBytes = sizeof(shared.dq[0]);
+  const int64_t block0 = first_block(p, sequence, tile.batch);
+  for (uint32_t parity = 0; step.valid(); step.advance(), parity ^= 1) {
+    const int64_t index = step.head * scratch.blocks + block0 + step.block;
+    int* turn = scratch.turn + index * Traits::kConsumers + warpgroup;
+    float* target = scratch.dq + (index * Traits::kConsumers + warpgroup) * (kBytes / 4);
+    shared.dq_full[warpgroup].wait(parity);
+    if (p.deterministic) {
+      await_turn(turn, tile.template turn<Traits::kBlockKV>(p, sequence, step.row()));
+    }
+    add_bulk(target, shared.dq[warpgroup], kBytes);
+    commit_stores();
+    wait_stores_read<0>();
+    shared.dq_free[warpgroup].arrive();
+    if (p.deterministic) pass_turn(turn);
   }
 }
 
@@ -78,9 +107,9 @@ __device__ __forceinline__ void stage_gradient(Element (&tile)[kChunks][kRows][k
 
 // Copies 64 staged rows to global memory, 16 bytes per thread and step.
 template <class Element, int kChunks, int kRows>
-__device__ __forceinline__ void store_gradient(
-    const Element (&tile)[kChunks][kRows][kChunkColumns], int first_row, Element* target,
-    int64_t stride, int rows, int columns) {
+__device__ __forceinline__ void store_gradient(const Element (&tile)[kChunks][kRows][kChunkColumns],
+                                               int first_row, Element* target, int64_t stride,
+                                               int rows, int columns) {
   constexpr int kPieces = kChunks * 8;  // of 16 bytes, per row
   const int thread = threadIdx.x % kWarpgroup;
 #pragma unroll 4

@@ -31,10 +31,18 @@ struct BackwardTraits {
   static constexpr int kBlockQ = kGradientRows;
   static constexpr int kKeysPerWarpgroup = 64;
   static constexpr int kBlockKV = kKeysPerWarpgroup * kConsumers;
-  static constexpr int kStages = 2;
+  static constexpr int kStagesQ = 3;  // a block is held until its dK, into the next step
+  static constexpr int kStagesDO = 3;
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
+  // Narrow heads leave registers for K, V and dS as operands, and for dP beside dQ.
+  static constexpr bool kRoomy = kHeadDim <= 64;
+  static constexpr bool kEarlyDP = kRoomy;
+#ifndef STAGED
+#define STAGED 1
+#endif
+  static constexpr bool kStagedDQ = STAGED;
   static constexpr int kColumnsDQ = kPaddedDim / kConsumers;  // of dQ, per warpgroup
 
   using TileKV = Element[kChunks][kBlockKV][kChunkColumns];
@@ -42,13 +50,15 @@ struct BackwardTraits {
   using TileDS = Element[kBlockKV][kBlockQ];  // transposed
   struct Shared {
     alignas(1024) TileKV k, v;
-    TileQ q[kStages], dout[kStages];
-    TileDS ds[2];  // one is read while one is written
-    float lse[kStages][kBlockQ];
-    float delta[kStages][kBlockQ];
+    TileQ q[kStagesQ], dout[kStagesDO];
+    float dq[kConsumers][kBlockQ * kColumnsDQ];  // on its way to L2, in accumulator order
+    TileDS ds[2];                                // one is read while one is written
+    float lse[kStagesQ][kBlockQ];
+    float delta[kStagesDO][kBlockQ];
     Barrier k_full, v_full, landed;
-    Barrier q_full[kStages], q_free[kStages];
-    Barrier dout_full[kStages], dout_free[kStages];
+    Barrier q_full[kStagesQ], q_free[kStagesQ];
+    Barrier dout_full[kStagesDO], dout_free[kStagesDO];
+    Barrier dq_full[kConsumers], dq_free[kConsumers];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align
 };

@@ -1,0 +1,243 @@
+// dK and dV of wide heads: a CTA keeps 64 keys, and two warpgroups share the work by gradient.
+//
+// One warpgroup computes S^T, P^T and dV, the other dP^T, dS^T and dK: each holds one gradient of
+// 64 keys in registers. P^T goes from the first to the second through shared memory, two steps
+// deep.
+#pragma once
+
+#include "v3_hopper/backward.cuh"
+
+namespace flash::v3 {
+
+template <class I, bool kHasSoftcap>
+struct KeysTraits {
+  using Element = typename I::Element;
+  static constexpr bool kSoftcap = kHasSoftcap;
+  static constexpr int kHeadDim = I::kHeadDim;
+  static constexpr int kHeadDimV = I::kHeadDimV;
+  static constexpr int kBlockQ = kGradientRows;
+  static constexpr int kBlockKV = 64;
+  static constexpr int kKeysPerWarpgroup = 0;  // both own all 64
+  static constexpr int kStagesQ = 2;
+  static constexpr int kStagesDO = 2;
+  static constexpr int kConsumers = 2;  // the warpgroup of dV, the warpgroup of dK
+  static constexpr int kThreads = 3 * kWarpgroup;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+
+  template <int kDim, int kRows>
+  using Tile = Element[(kDim + kChunkColumns - 1) / kChunkColumns][kRows][kChunkColumns];
+  using TileP = float[kBlockQ / 8][kWarpgroup][4];  // in the order of the accumulators
+  struct Shared {
+    alignas(1024) Tile<kHeadDim, kBlockKV> k;
+    Tile<kHeadDimV, kBlockKV> v;
+    Tile<kHeadDim, kBlockQ> q[kStagesQ];
+    Tile<kHeadDimV, kBlockQ> dout[kStagesDO];
+    TileP p[2];
+    float lse[kStagesQ][kBlockQ];
+    float delta[kStagesDO][kBlockQ];
+    Barrier k_full, v_full, landed;
+    Barrier q_full[kStagesQ], q_free[kStagesQ];
+    Barrier dout_full[kStagesDO], dout_free[kStagesDO];
+    Barrier p_full[2], p_free[2];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+};
+
+template <class Traits>
+__device__ __forceinline__ void init_keys_barriers(typename Traits::Shared& shared) {
+  for (int i = 0; i < 2; ++i) {
+    shared.p_full[i].init(4);  // once per warp
+    shared.p_free[i].init(4);
+  }
+  init_barriers<Traits>(shared);
+}
+
+// The warpgroup of S^T, P^T and dV.
+template <class Traits>
+struct ForDV {
+  using Element = typename Traits::Element;
+  static constexpr int kScores = Traits::kBlockQ / 2;
+  using Steps = Ring<2>;
+  const Consumer<Traits>& self;
+  const Exponent exponent{self.p};
+  float dv[Traits::kHeadDimV / 2];  // (64 keys, dim)
+  float s[kScores];                 // (64 keys, 64 rows)
+  uint32_t p16[kScores / 2];
+
+  __device__ __forceinline__ void issue_scores(int slot, uint32_t parity) {
+    self.shared.q_full[slot].wait(parity);
+    pin(s);
+    wgmma_begin();
+    gemm_scores<Traits::kHeadDim>(s, self.shared.k, 0, self.shared.q[slot], false);
+    wgmma_commit();
+  }
+
+  // Hands P to the other warpgroup: each thread to the thread of the same place.
+  __device__ __forceinline__ void hand_over(int slot, uint32_t parity) {
+    self.shared.p_free[slot].wait(parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < kScores; i += 4) {
+      float* to = self.shared.p[slot][i / 4][threadIdx.x % kWarpgroup];
+      *reinterpret_cast<float4*>(to) = float4{s[i], s[i + 1], s[i + 2], s[i + 3]};
+    }
+    self.arrive(self.shared.p_full[slot]);
+  }
+
+  template <bool kLast>
+  __device__ __forceinline__ void take_step(RowSteps& step, Ring<2>& ring) {
+    auto& shared = self.shared;
+    const int slot = ring.slot;
+    const uint32_t parity = ring.parity;
+    pin(s);
+    if constexpr (Traits::kSoftcap) cap_scores(s, exponent);
+    if (self.masked(step.row())) mask(s, self.sequence, self.position(step.row()));
+    float p[kScores];
+    probabilities<Traits::kSoftcap>(s, p, shared.lse[slot] + self.column(), exponent.scale);
+    hand_over(slot, parity);
+    self.arrive(shared.q_free[slot]);
+    round_operand<Element>(p16, p);
+    step.advance();
+    ring.advance();
+    shared.dout_full[slot].wait(parity);
+    pin(p16);
+    pin(dv);
+    wgmma_begin();
+    gemm_gradient(dv, p16, shared.dout[slot]);
+    wgmma_commit();
+    if constexpr (!kLast) {
+      issue_scores(ring.slot, ring.parity);
+      wgmma_wait<1>();  // dV is there: its dO may go
+      self.arrive(shared.dout_free[slot]);
+    }
+    wgmma_wait<0>();  // the next S is there
+  }
+};
+
+// The warpgroup of dP^T, dS^T and dK.
+template <class Traits>
+struct ForDK {
+  using Element = typename Traits::Element;
+  static constexpr int kScores = Traits::kBlockQ / 2;
+  using Steps = Ring<2>;
+  const Consumer<Traits>& self;
+  float dk[Traits::kHeadDim / 2];  // (64 keys, dim)
+  float dp[kScores];               // (64 keys, 64 rows)
+  uint32_t ds16[kScores / 2];
+
+  __device__ __forceinline__ void issue_scores(int slot, uint32_t parity) {
+    self.shared.dout_full[slot].wait(parity);
+    start_gradient(dp, self.shared.delta[slot] + self.column());
+    pin(dp);
+    wgmma_begin();
+    gemm_scores<Traits::kHeadDimV>(dp, self.shared.v, 0, self.shared.dout[slot], true);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ float4 p_of(int slot, int i) const {
+    const float* from = self.shared.p[slot][i / 4][threadIdx.x % kWarpgroup];
+    return *reinterpret_cast<const float4*>(from);
+  }
+
+  template <bool kLast>
+  __device__ __forceinline__ void take_step(RowSteps& step, Ring<2>& ring) {
+    auto& shared = self.shared;
+    const int slot = ring.slot;
+    const uint32_t parity = ring.parity;
+    shared.p_full[slot].wait(parity);
+    pin(dp);
+    self.arrive(shared.dout_free[slot]);
+    if (self.masked(step.row())) {
+#pragma unroll
+      for (int i = 0; i < kScores; i += 4) {
+        const float4 p = p_of(slot, i);
+        if (p.x == 0.0f) dp[i] = 0.0f;
+        if (p.y == 0.0f) dp[i + 1] = 0.0f;
+        if (p.z == 0.0f) dp[i + 2] = 0.0f;
+        if (p.w == 0.0f) dp[i + 3] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; i += 4) {
+      const float4 p = p_of(slot, i);
+      dp[i] *= p.x, dp[i + 1] *= p.y, dp[i + 2] *= p.z, dp[i + 3] *= p.w;
+    }
+    self.arrive(shared.p_free[slot]);
+    round_operand<Element>(ds16, dp);
+    step.advance();
+    ring.advance();
+    pin(ds16);
+    pin(dk);
+    wgmma_begin();
+    gemm_gradient(dk, ds16, shared.q[slot]);
+    wgmma_commit();
+    if constexpr (!kLast) {
+      issue_scores(ring.slot, ring.parity);
+      wgmma_wait<1>();  // dK is there: its Q may go
+      self.arrive(shared.q_free[slot]);
+    }
+    wgmma_wait<0>();  // the next dP is there
+  }
+};
+
+// The loop that both warpgroups run.
+template <class Work>
+__device__ __forceinline__ void take_steps(Work& work, RowSteps step) {
+  if (!step.valid()) return;
+  const int steps = step.count();
+  typename Work::Steps ring;
+  work.self.shared.k_full.wait(0);
+  work.self.shared.v_full.wait(0);
+  work.issue_scores(0, 0);
+  wgmma_wait<0>();
+  for (int i = 0; i < steps - 1; ++i) work.template take_step<false>(step, ring);
+  work.template take_step<true>(step, ring);
+}
+
+template <class Traits>
+__global__ __launch_bounds__(Traits::kThreads,
+                             1) void backward_keys(const __grid_constant__ BackwardParams p,
+                                                   const __grid_constant__ BackwardMaps maps,
+                                                   const __grid_constant__ Scratch scratch) {
+  extern __shared__ uint8_t memory[];
+  auto& shared = *align_shared<typename Traits::Shared>(memory);
+  const KeyTile tile(p, scratch);
+  const Sequence sequence(p, tile.batch);
+  const int key = tile.block * Traits::kBlockKV;
+  if (key >= sequence.seqlen_k) return;
+  const RowSteps steps(p, tile, sequence.rows(key, Traits::kBlockKV));
+  if (threadIdx.x == 0) init_keys_barriers<Traits>(shared);
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    shrink_registers<Traits::kProducerRegisters>();
+    if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == 0)
+      produce<Traits>(shared, p, maps, scratch, tile, sequence, steps);
+    return;
+  }
+  grow_registers<Traits::kConsumerRegisters>();
+  const Consumer<Traits> self{shared, p, scratch, tile, sequence};
+  const int done = kWarpgroupDone + self.warpgroup;
+  if (self.warpgroup == 0) {
+    ForDV<Traits> work{self};
+    for (float& x : work.dv) x = 0.0f;
+    pin(work.dv);
+    take_steps(work, steps);
+    pin(work.dv);
+    named_sync(kKeysRead, Consumer<Traits>::kThreads);
+    self.stage(shared.v, work.dv, 1.0f);
+    named_sync(done, kWarpgroup);
+    self.store(shared.v, p.dv, p.head_dim_v);
+  } else {
+    ForDK<Traits> work{self};
+    for (float& x : work.dk) x = 0.0f;
+    pin(work.dk);
+    take_steps(work, steps);
+    pin(work.dk);
+    named_sync(kKeysRead, Consumer<Traits>::kThreads);
+    self.stage(shared.k, work.dk, p.scale);
+    named_sync(done, kWarpgroup);
+    self.store(shared.k, p.dk, p.head_dim);
+  }
+}
+
+}  // namespace flash::v3
