@@ -2,6 +2,8 @@
 // tensor cores, and each hides its softmax under its own O += P V and the others' GEMMs.
 #pragma once
 
+#include <type_traits>
+
 #include "v3_hopper/gemm.cuh"
 #include "v3_hopper/guard.cuh"
 #include "v3_hopper/load.cuh"
@@ -65,21 +67,54 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
   float rO[Traits::kHeadDimV / 2];    // (64, dv)
   float rS[Traits::kBlockKV / 2];     // (64, kBlockKV): S, then P
   uint32_t rP[Traits::kBlockKV / 4];  // (64, kBlockKV): P, 16-bit
-  RowState state = kNoRows, finished;
+  RowState state = kNoRows;
   float correction[2];
 
   auto mask_boundary = [&] {
     feature<Traits>(rS, scale);
     if (next.boundary()) mask<Traits>(rS, next.work->sequence, next.row(), next.key());
   };
-  auto finish = [&](const Work& work, RowState& rows) {
+  auto finish = [&](const Work& work, RowState rows) {
     float lse[2];
     normalize<Traits>(rO, rows, lse, scale);
-    if (work.poisoned) restore_poison<Traits>(args.p, work, work.row + next.thread_row, rO);
-    store_state<Traits>(args, work, next.thread_row, pipe.tile_o(), rO, lse);
+    store_state<Traits>(args, work, consumer, next.thread_row, pipe.tile_o(), rO, lse);
+    if (work.poisoned) {
+      pipe.sync();  // all rows are written
+      restore_poison<Traits>(args.p, work, work.row + next.group_row);
+    }
     pipe.staged_o = Traits::kStagesO;
     pipe.release_work(work);
     clear(rO);
+  };
+
+  // Issues S of the block `next` and O += P V of the block before it, and does the softmax of the
+  // one under the other; a block that opens a tile also sees the last one off.
+  auto step = [&](auto opens_tile, const Work& previous) {
+    const auto* sK = pipe.wait_k();
+    pipe.take_turn();
+    gemm_qk<Traits>(rS, pipe.tile_q(), sK);
+    gemm_pv<Traits>(rO, rP, pipe.wait_v());
+    pipe.give_turn();
+    wgmma_wait<1>();  // S is there
+    pin(rS);
+    pipe.release_k();
+    mask_boundary();
+    const RowState finished = state;
+    if (opens_tile) state = kNoRows;
+    const bool risen = update<Traits>(rS, state, correction, scale);
+    exponentials<Traits, 0, 4>(rS, state, scale);
+    pin(rS);
+    if (!next.last()) pipe.wait_k();  // and no exponential sinks below the wait for O
+    wgmma_wait<0>();                  // O is there, P and V are free
+    pin(rO);
+    pipe.release_v();
+    if (opens_tile) {
+      finish(previous, finished);
+    } else if (risen) {
+      rescale<Traits>(rO, correction);
+    }
+    exponentials<Traits, 4, 8>(rS, state, scale);
+    pack<Traits>(rP, rS);
   };
 
   clear(rO);
@@ -89,45 +124,21 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
   wgmma_wait<0>();
   pin(rS);
   pipe.release_k();
-  if (next.last()) pipe.close_q();
   mask_boundary();
   update<Traits>(rS, state, correction, scale);
   exponentials<Traits, 0, 8>(rS, state, scale);
   pack<Traits>(rP, rS);
   for (;;) {
     const Work& work = *next.work;
-    const bool tile_ends = next.last();
-    if (tile_ends) pipe.release_o();  // the coming Q may wait for its slot
-    if (!next.advance()) break;
-    const auto* sK = pipe.wait_k();
-    pipe.take_turn();
-    gemm_qk<Traits>(rS, pipe.tile_q(), sK);  // S of the next block and ...
-    gemm_pv<Traits>(rO, rP, pipe.wait_v());  // ... O += P V of this one run under what follows
-    pipe.give_turn();
-    wgmma_wait<1>();  // S is there
-    pin(rS);
-    pipe.release_k();
-    pipe.release_o();
-    if (next.last()) pipe.close_q();
-    mask_boundary();
-    if (tile_ends) {
-      finished = state;
-      state = kNoRows;
+    while (!next.last()) {
+      next.advance();
+      step(std::false_type{}, work);
+      pipe.release_o();
     }
-    const bool risen = update<Traits>(rS, state, correction, scale);
-    exponentials<Traits, 0, 4>(rS, state, scale);
-    pin(rS);
-    if (!next.last()) pipe.wait_k();  // and no exponential sinks below the wait for O
-    wgmma_wait<0>();                  // O is there, P and V are free
-    pin(rO);
-    pipe.release_v();
-    if (tile_ends) {
-      finish(work, finished);
-    } else if (risen) {
-      rescale<Traits>(rO, correction);
-    }
-    exponentials<Traits, 4, 8>(rS, state, scale);
-    pack<Traits>(rP, rS);
+    pipe.release_o();  // O of the tile before has left; the coming Q may wait for its slot
+    pipe.close_q();
+    if (!next.open_tile()) break;
+    step(std::true_type{}, work);
   }
   gemm_pv<Traits>(rO, rP, pipe.wait_v());
   wgmma_wait<0>();

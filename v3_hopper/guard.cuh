@@ -86,24 +86,28 @@ __device__ __forceinline__ void guard(const Arguments& args, typename Traits::Sh
   }
 }
 
-// Adds every NaN and Inf of V that a row sees to that row of the normalized output.
+// Adds every NaN and Inf of V that a row sees to that row of the output, which one consumer has
+// just written: rows [row, row + kGroupRows) of the sequence.
 template <class Traits>
-__device__ __forceinline__ void restore_poison(const ForwardParams& p, const Work& work, int row,
-                                               float (&o)[Traits::kHeadDimV / 2]) {
-  using Element = typename Traits::Element;
+__device__ __forceinline__ void restore_poison(const ForwardParams& p, const Work& work, int row) {
   const Sequence& sequence = work.sequence;
-  const Element* v = static_cast<const Element*>(p.v.data) + work.head_kv * p.v.head +
-                     work.batch * p.v.batch + sequence.row_k * p.v.row;
-  const Range keys = sequence.keys(work.row, Traits::kBlockQ);
-  const int lane_column = threadIdx.x % 4 * 2;
-  for (int key = keys.begin; key < keys.end; ++key) {
-#pragma unroll
-    for (int i = 0; i < Traits::kHeadDimV / 2; ++i) {
-      const int column = i / 4 * 8 + lane_column + i % 2;
-      if (column >= p.head_dim_v) continue;
-      const float value = float(v[key * p.v.row + column]);
-      const bool finite = fabsf(value) < INFINITY;
-      if (!finite && sequence.visible(row + i / 2 % 2 * 8, key)) o[i] += value;
+  const auto* gV = static_cast<const typename Traits::Element*>(p.v.data) + work.batch * p.v.batch +
+                   sequence.row_k * p.v.row + work.head_kv * p.v.head;
+  auto* gO = static_cast<typename Traits::Output*>(p.o.data) + work.batch * p.o.batch +
+             sequence.row_q * p.o.row + work.head * p.o.head;
+  const int end_row = min(row + kGroupRows, sequence.seqlen_q);
+  const Range keys = sequence.keys(row, kGroupRows);
+#pragma unroll 1
+  for (int column = threadIdx.x % kGroupThreads; column < p.head_dim_v; column += kGroupThreads) {
+#pragma unroll 1
+    for (int key = keys.begin; key < keys.end; ++key) {
+      const float value = float(gV[key * p.v.row + column]);
+      if (fabsf(value) < INFINITY) continue;
+#pragma unroll 1
+      for (int r = row; r < end_row; ++r) {
+        auto& o = gO[r * p.o.row + column];
+        if (sequence.visible(r, key)) o = typename Traits::Output(float(o) + value);
+      }
     }
   }
 }

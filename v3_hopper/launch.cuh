@@ -56,18 +56,19 @@ cudaError_t make_maps(Arguments& args) {
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   const int64_t rows_q = packed_q ? p.total_q : p.seqlen_q, batch_q = packed_q ? 1 : p.batch;
   const int64_t rows_k = packed_k ? p.total_k : p.seqlen_k, batch_k = packed_k ? 1 : p.batch;
-  cudaError_t status =
-      make_map(args.q, p.q, map_shape<Element>(p.head_dim, rows_q, p.heads_q, batch_q, kGroupRows));
-  if (status == cudaSuccess) {
-    status = make_map(
-        args.k, p.k, map_shape<Element>(p.head_dim, rows_k, p.heads_kv, batch_k, Traits::kBlockKV));
+  auto map = [](CUtensorMap& to, const View& view, int dim, int64_t rows, int heads, int64_t batch,
+                int box_rows) {
+    return make_map(to, view, map_shape<Element>(dim, rows, heads, batch, box_rows));
+  };
+  const cudaError_t results[] = {
+      map(args.q, p.q, p.head_dim, rows_q, p.heads_q, batch_q, kGroupRows),
+      map(args.k, p.k, p.head_dim, rows_k, p.heads_kv, batch_k, Traits::kBlockKV),
+      map(args.v, p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, Traits::kBlockKV),
+      map(args.o, p.o, p.head_dim_v, rows_q, p.heads_q, batch_q, kGroupRows)};
+  for (const cudaError_t result : results) {
+    if (result != cudaSuccess) return result;
   }
-  if (status == cudaSuccess) {
-    status =
-        make_map(args.v, p.v,
-                 map_shape<Element>(p.head_dim_v, rows_k, p.heads_kv, batch_k, Traits::kBlockKV));
-  }
-  return status;
+  return cudaSuccess;
 }
 
 template <class Traits>

@@ -14,7 +14,7 @@ __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   for (int i = 0; i < Traits::kStagesQ; ++i) {
     for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
       shared.q_full[i][consumer].init(1);
-      shared.q_empty[i][consumer].init(kGroupThreads / kWarp);
+      shared.q_empty[i][consumer].init(1);
     }
   }
   for (int i = 0; i < Traits::kStages; ++i) {
@@ -45,8 +45,8 @@ struct Pipes {
     return next;
   }
   __device__ __forceinline__ void release_work(const Work& done) const {
-    __syncwarp();  // every lane has read its last of it
-    if (threadIdx.x % kWarp == 0) shared.work_empty[&done - shared.work].arrive();
+    sync();  // every thread has read its last of it
+    if (leader()) shared.work_empty[&done - shared.work].arrive();
   }
 
   __device__ __forceinline__ void wait_q() const { shared.q_full[q.slot][consumer].wait(q.parity); }
@@ -63,7 +63,7 @@ struct Pipes {
   __device__ __forceinline__ void release_o() {
     if (!staged_o) return;
     staged_o = false;
-    if (threadIdx.x % kWarp == 0) wait_stores_read<0>();
+    if (leader()) wait_stores_read<0>();
     free_q(used_q.slot);
     used_q.advance();
   }
@@ -98,10 +98,12 @@ struct Pipes {
     named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);
   }
 
+  // Waits for the other threads of this warpgroup.
+  __device__ __forceinline__ void sync() const { named_sync(kDone + consumer, kGroupThreads); }
+
  private:
   __device__ __forceinline__ void free_q(int slot) const {
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) shared.q_empty[slot][consumer].arrive();
+    if (leader()) shared.q_empty[slot][consumer].arrive();
   }
   __device__ __forceinline__ bool leader() const { return threadIdx.x % kGroupThreads == 0; }
 };

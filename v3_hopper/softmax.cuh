@@ -132,7 +132,7 @@ __device__ __forceinline__ void pack(uint32_t (&p)[Traits::kBlockKV / 4],
 template <int N>
 __device__ __forceinline__ void clear(float (&r)[N]) {
 #pragma unroll
-  for (float& x : r) x = 0.0f;
+  for (int i = 0; i < N; ++i) r[i] = 0.0f;
 }
 
 template <class Traits>

@@ -1,5 +1,5 @@
-// O and LSE -> global. Each warp stages its 16 rows in the shared memory of its own, used-up Q and
-// hands them to TMA; no warp waits for another.
+// O and LSE -> global. Each consumer stages its rows in the shared memory of its own, used-up Q and
+// hands them to TMA; no warpgroup waits for another.
 #pragma once
 
 #include "v3_hopper/softmax.cuh"
@@ -52,13 +52,13 @@ __device__ __forceinline__ void store_rows(const ForwardParams& p, const Work& w
   }
 }
 
-// 16 rows of one warp through shared memory, written by TMA. `row` is the warp's first row.
+// The rows of one consumer through shared memory, written by TMA.
 template <class Traits>
-__device__ __forceinline__ void store_tile(const Arguments& args, const Work& work, int row,
+__device__ __forceinline__ void store_tile(const Arguments& args, const Work& work, int consumer,
                                            unsigned char* sO,
                                            const float (&o)[Traits::kHeadDimV / 2]) {
   const int lane = threadIdx.x % kWarp;
-  unsigned char* lane_row = sO + lane % 16 * kChunkBytes;
+  const int tile_row = threadIdx.x % kGroupThreads / kWarp * 16 + lane % 16;
 #pragma unroll
   for (int group = 0; group < Traits::kHeadDimV / 8; group += 2) {
     uint32_t tile[4];  // columns 8 group..., rows 0-7 and 8-15, then the next 8 columns
@@ -67,32 +67,33 @@ __device__ __forceinline__ void store_tile(const Arguments& args, const Work& wo
       tile[i] = pack_pair<typename Traits::Output>(o[4 * group + 2 * i], o[4 * group + 2 * i + 1]);
     }
     const int unit = (group % 8 + lane / 16) ^ lane % 8;  // 128-byte swizzle
-    store_tiles(lane_row + group / 8 * kGroupRows * kChunkBytes + unit * 16, tile);
+    store_tiles(sO + (group / 8 * kGroupRows + tile_row) * kChunkBytes + unit * 16, tile);
   }
   fence_async_proxy();
-  __syncwarp();  // the tile is complete and TMA may read it
-  if (lane == 0) {
+  named_sync(kStaged + consumer, kGroupThreads);  // the tile is complete and TMA may read it
+  if (threadIdx.x % kGroupThreads == 0) {
+    const int row = int(work.sequence.row_q) + work.row + consumer * kGroupRows;
 #pragma unroll
     for (int chunk = 0; chunk < Traits::kChunksV; ++chunk) {
-      store_box(
-          args.o, sO + chunk * kGroupRows * kChunkBytes,
-          {chunk * Traits::kChunkColumns, int(work.sequence.row_q) + row, work.head, work.batch});
+      store_box(args.o, sO + chunk * kGroupRows * kChunkBytes,
+                {chunk * Traits::kChunkColumns, row, work.head, work.batch});
     }
     commit_stores();
   }
 }
 
-// O and LSE of this warpgroup's rows; thread_row is this thread's first row in the tile.
+// O and LSE of a consumer's rows; thread_row is this thread's first row in the tile.
 template <class Traits>
-__device__ __forceinline__ void store_state(const Arguments& args, const Work& work, int thread_row,
-                                            unsigned char* sO,
+__device__ __forceinline__ void store_state(const Arguments& args, const Work& work, int consumer,
+                                            int thread_row, unsigned char* sO,
                                             const float (&o)[Traits::kHeadDimV / 2],
                                             const float (&lse)[2]) {
   const ForwardParams& p = args.p;
   const int row = work.row + thread_row;
-  const int warp_row = row - threadIdx.x % kWarp / 4;
-  if (Traits::kStagesO && (!p.cu_seqlens_q || warp_row + 16 <= work.sequence.seqlen_q)) {
-    store_tile<Traits>(args, work, warp_row, sO + thread_row / 16 % 4 * Traits::kWarpBytesO, o);
+  const int end_row = work.row + (consumer + 1) * kGroupRows;
+  const bool inside = !p.cu_seqlens_q || end_row <= work.sequence.seqlen_q;
+  if (Traits::kStagesO && inside && !work.poisoned) {
+    store_tile<Traits>(args, work, consumer, sO, o);
   } else {
     store_rows<Traits>(p, work, row, o);
   }

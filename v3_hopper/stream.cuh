@@ -22,22 +22,17 @@ struct Stream {
   // The next tile, with its Q; false at the end of the stream.
   __device__ __forceinline__ bool open_tile() {
     const Work& candidate = pipe.wait_work();
-    if (uniform(candidate.head) < 0) return false;
+    if (candidate.head < 0) return false;
     work = &candidate;
     const Range blocks = key_blocks<Traits>(candidate);
-    block = uniform(blocks.end - 1);
-    first_block = uniform(blocks.begin);
-    const Range clear = unmasked_blocks<Traits>(candidate.sequence, candidate.row + group_row);
-    unmasked = {uniform(clear.begin), uniform(clear.end)};
+    block = blocks.end - 1;
+    first_block = blocks.begin;
+    unmasked = unmasked_blocks<Traits>(candidate.sequence, candidate.row + group_row);
     pipe.wait_q();
     return true;
   }
 
-  __device__ __forceinline__ bool advance() {
-    if (last()) return open_tile();
-    --block;
-    return true;
-  }
+  __device__ __forceinline__ void advance() { --block; }
 
   __device__ __forceinline__ bool last() const { return block == first_block; }
   __device__ __forceinline__ int row() const { return work->row + thread_row; }

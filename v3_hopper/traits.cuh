@@ -47,8 +47,9 @@ struct Work {
 
 // Named barriers; 0 is __syncthreads.
 enum NamedBarrier : int {
-  kTurn = 1,  // kTurn + consumer: its turn to issue GEMMs
-  kDone = 5,  // kDone + consumer: its threads are done with a tile
+  kTurn = 1,    // kTurn + consumer: its turn to issue GEMMs
+  kDone = 5,    // kDone + consumer: a meeting of its threads
+  kStaged = 9,  // kStaged + consumer: its rows of O are in shared memory
 };
 
 template <class Instance, bool kFeaturedScores>
@@ -77,10 +78,8 @@ struct Traits {
   static constexpr int kBytesK = kBlockKV * kChunks * kChunkBytes;
   static constexpr int kBytesV = kBlockKV * kChunksV * kChunkBytes;
   static constexpr bool kStagesO = kStagesQ > 1;  // O leaves through its Q's shared memory
-  static constexpr int kWarpBytesO = kGroupRows / 4 * kChunkBytes;  // of one chunk
   static constexpr int kWorkSlots = 4;
-  static constexpr int kWorkReaders =
-      kConsumers * kGroupThreads / kWarp + kGuardWarps + 1;  // warps
+  static constexpr int kWorkReaders = kConsumers + kGuardWarps + 1;  // arrivals that free a slot
 
   struct Shared {
     alignas(1024) unsigned char q[kStagesQ][kConsumers][kBytesQ];
