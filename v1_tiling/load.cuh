@@ -35,9 +35,11 @@ __device__ __forceinline__ void load_rows(uint32_t target, const typename Traits
   const int chunk = thread % Rows::kChunks;
   const int step = threads / Rows::kChunks;
   const bool in_columns = chunk * Traits::kChunkElements < dim;
+  // Plain loads, before sm_80, wait in registers.
+  constexpr int kCopiesAtOnce = Traits::kAsyncCopies ? 4 : 1;
   int row = thread / Rows::kChunks;
   const auto* from = source + row * stride + chunk * Traits::kChunkElements;
-#pragma unroll 4
+#pragma unroll kCopiesAtOnce
   for (; row < kRows; row += step, from += step * stride) {
     const bool in_range = in_columns && row < rows;
     if (aligned) {
@@ -49,44 +51,58 @@ __device__ __forceinline__ void load_rows(uint32_t target, const typename Traits
   if (!aligned) __threadfence_block();  // plain stores come before the arrival that follows
 }
 
-// Starts the copy of this warp's Q block number `q_block` of the slice.
+// Starts the copy of the Q block of this visit.
 template <class Traits>
 __device__ __forceinline__ void load_q(Shared<Traits>& smem, const ForwardParams& p,
-                                       const Tile<Traits>& tile, int q_block) {
-  const int row = tile.row + q_block * Traits::kRowsPerWarp;
+                                       const Tile<Traits>& tile) {
   const auto* gQ = static_cast<const typename Traits::Element*>(p.q.data) + tile.batch * p.q.batch +
                    tile.head * p.q.head +
-                   (tile.sequence.row_q + row) * p.q.row;  // (kRowsPerWarp, kHeadDim)
+                   (tile.sequence.row_q + tile.warp_row) * p.q.row;  // (kRowsPerWarp, kHeadDim)
+  if (tile.absent) return;
   __syncwarp();  // no lane reads the last Q block any more
-  load_rows<Traits, Traits::kRowsPerWarp>(smem.q(), gQ, p.q.row, tile.sequence.seqlen_q - row,
-                                          p.head_dim, threadIdx.x % 32, 32);
+  load_rows<Traits, Traits::kRowsPerWarp>(smem.q(), gQ, p.q.row,
+                                          tile.sequence.seqlen_q - tile.warp_row, p.head_dim,
+                                          threadIdx.x % 32, 32);
   barrier_arrive_copies(smem.q_full());
 }
 
 // Afterwards Q is visible to this warp.
 template <class Traits>
-__device__ __forceinline__ void wait_q(Shared<Traits>& smem) {
-  barrier_wait(smem.q_full(), smem.q_round++);
+__device__ __forceinline__ void wait_q(Shared<Traits>& smem, const Tile<Traits>& tile) {
+  if (!tile.absent) barrier_wait(smem.q_full(), smem.q_round++);
 }
 
-// Starts the copy of block j, if there is one, once every warp has left what lay in its place.
+// Before block j is waited for: starts the copies of blocks to come, of this slice and then of the
+// next, where every warp has left what lay in their place. A block that this warp itself left only
+// just now may still be in use, so its place is filled one block later.
 template <class Traits>
 __device__ __forceinline__ void load_kv(Shared<Traits>& smem, const ForwardParams& p,
-                                        const Tile<Traits>& tile, int j) {
+                                        const Tile<Traits>& tile, const Tile<Traits>& next,
+                                        int j_now) {
   using Element = typename Traits::Element;
-  if (j >= tile.blocks.end) return;
-  if (smem.ring.round(j) > 0) barrier_wait(smem.kv_free(j), smem.ring.round(j) - 1);
-  const int64_t row = tile.sequence.row_k + j * Traits::kBlockKV;
-  const int rows = tile.sequence.seqlen_k - j * Traits::kBlockKV;
-  const auto* gK = static_cast<const Element*>(p.k.data) + tile.batch * p.k.batch +
-                   tile.head_kv * p.k.head + row * p.k.row;  // (kBlockKV, kHeadDim)
-  const auto* gV = static_cast<const Element*>(p.v.data) + tile.batch * p.v.batch +
-                   tile.head_kv * p.v.head + row * p.v.row;  // (kBlockKV, kHeadDim)
-  load_rows<Traits, Traits::kBlockKV>(smem.k(j), gK, p.k.row, rows, p.head_dim, threadIdx.x,
-                                      blockDim.x);
-  load_rows<Traits, Traits::kBlockKV>(smem.v(j), gV, p.v.row, rows, p.head_dim_v, threadIdx.x,
-                                      blockDim.x);
-  barrier_arrive_copies(smem.kv_full(j));
+  Ring& ring = smem.ring;
+  int left = tile.pass.begin;  // blocks before this one are left
+  if (tile.turn == 0 && j_now == left) --left;
+  if (tile.last_turn) left = max(left, j_now - 1);
+  const int ahead = next.blocks.begin - tile.blocks.end;
+  const int end = min(max(j_now + 1, left + ring.stages), next.blocks.end - ahead);
+  for (; ring.loaded < end; ++ring.loaded) {
+    const int j = ring.loaded;
+    if (ring.round(j) > 0) barrier_wait(smem.kv_free(j), ring.round(j) - 1);
+    const Tile<Traits>& from = j < tile.blocks.end ? tile : next;
+    const int first = (j < tile.blocks.end ? j : j + ahead) * Traits::kBlockKV;
+    const int64_t row = from.sequence.row_k + first;
+    const int rows = from.sequence.seqlen_k - first;
+    const auto* gK = static_cast<const Element*>(p.k.data) + from.batch * p.k.batch +
+                     from.head_kv * p.k.head + row * p.k.row;  // (kBlockKV, kHeadDim)
+    const auto* gV = static_cast<const Element*>(p.v.data) + from.batch * p.v.batch +
+                     from.head_kv * p.v.head + row * p.v.row;  // (kBlockKV, kHeadDim)
+    load_rows<Traits, Traits::kBlockKV>(smem.k(j), gK, p.k.row, rows, p.head_dim, threadIdx.x,
+                                        blockDim.x);
+    load_rows<Traits, Traits::kBlockKV>(smem.v(j), gV, p.v.row, rows, p.head_dim_v, threadIdx.x,
+                                        blockDim.x);
+    barrier_arrive_copies(smem.kv_full(j));
+  }
 }
 
 // Afterwards K_j and V_j are visible to this warp.
@@ -95,15 +111,13 @@ __device__ __forceinline__ void wait_kv(const Shared<Traits>& smem, int j) {
   barrier_wait(smem.kv_full(j), smem.ring.round(j));
 }
 
-// This warp reads block j no more. When all warps have said so, another block takes its place; so
-// that no warp waits for the slowest here, that happens one block later, or at the end of the pass.
+// After its last Q block, this warp reads block j no more. When all warps have said so, another
+// block may take its place.
 template <class Traits>
-__device__ __forceinline__ void release_kv(Shared<Traits>& smem, const ForwardParams& p,
-                                           const Tile<Traits>& tile, Range pass, int j) {
+__device__ __forceinline__ void release_kv(Shared<Traits>& smem, const Tile<Traits>& tile, int j) {
+  if (!tile.last_turn) return;
   __syncwarp();  // every lane has read its fragments
   if (threadIdx.x % 32 == 0) barrier_arrive(smem.kv_free(j));
-  if (j > pass.begin) load_kv(smem, p, tile, j - 1 + smem.ring.stages);
-  if (j == pass.end - 1) load_kv(smem, p, tile, j + smem.ring.stages);
 }
 
 }  // namespace flash::v1

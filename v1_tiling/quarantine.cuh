@@ -41,7 +41,7 @@ __device__ __forceinline__ float load_element(uint32_t base, int row, int column
 
 // Is any value of V_j not finite? Worth asking when some row does not see all of the block.
 template <class Traits>
-__device__ __forceinline__ bool poisoned(const Shared<Traits>& smem, int j) {
+__device__ __forceinline__ bool find_poison(const Shared<Traits>& smem, int j) {
   using Rows = typename Traits::Rows;
   const int lane = opaque(threadIdx.x % 32);
   NonFinite<typename Traits::Element> found;
@@ -55,13 +55,10 @@ __device__ __forceinline__ bool poisoned(const Shared<Traits>& smem, int j) {
   return __any_sync(kFullWarp, found.any());
 }
 
-// O += P V_j, where a value that is not finite is added once to each row that sees it, instead of
-// being multiplied.
+// Adds those values to the rows that see their keys. The product that follows takes them for 0.
 template <class Traits>
-__device__ __forceinline__ void gemm_pv_poisoned(typename Traits::Output& O,
-                                                 const typename Traits::Scores& S,
-                                                 Softmax<Traits>& softmax, Shared<Traits>& smem,
-                                                 const Tile<Traits>& tile, int j) {
+__device__ __forceinline__ void quarantine(typename Traits::Output& O, const Shared<Traits>& smem,
+                                           const Tile<Traits>& tile, int j) {
   using Element = typename Traits::Element;
   using Rows = typename Traits::Rows;
   const int lane = opaque(threadIdx.x % 32);
@@ -71,7 +68,7 @@ __device__ __forceinline__ void gemm_pv_poisoned(typename Traits::Output& O,
     for (int n = 0; n < Traits::kTilesV; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int column = output_column<Traits>(n, half, lane);
+        const int column = n * 8 + lane % 4 * 2 + half;
         const float v = load_element<Element, Rows>(smem.v(j), key, column);
         if (isfinite(v)) continue;
 #pragma unroll
@@ -86,7 +83,6 @@ __device__ __forceinline__ void gemm_pv_poisoned(typename Traits::Output& O,
       }
     }
   }
-  gemm_pv<Traits, true>(O, S, softmax, smem, j);
 }
 
 }  // namespace flash::v1

@@ -25,55 +25,32 @@ struct Grid {
   }
 };
 
-// The work of one CTA: one slice of one head, and of one warp: its Q block of the current visit.
+// The work of one CTA: one slice of one head, and of one warp: one visit of one of its Q blocks to
+// the K/V blocks of a pass, which stay on chip until every Q block of the slice has met them.
 template <class Traits>
 struct Tile {
   static constexpr int kBlockKV = Traits::kBlockKV;
 
   int batch, head, head_kv;
   Sequence sequence;
+  bool exists;
   int row;       // first row of the slice
   Range blocks;  // K/V blocks that any row of the slice sees
-  int resident;  // K/V blocks of a pass: they stay on chip while every Q block visits them
+  int resident;  // K/V blocks of a pass
 
-  int warp_row;      // first row of this warp's Q block
-  int q_block;       // its number in the slice
-  Range keys;        // keys that any of its rows sees
-  bool first, last;  // no earlier, no later pass is of use to it
-  bool absent;       // this pass is of no use to it
+  Range pass;      // the K/V blocks of this visit
+  int turn;        // which of its Q blocks this warp brings
+  bool last_turn;  // afterwards it is done with the K/V blocks
+  int warp_row;    // first row of the Q block
+  Range keys;      // keys that any of its rows sees
+  bool absent;     // none of them in this pass: nothing to do
 
-  __device__ __forceinline__ Tile(const ForwardParams& p, const Grid& grid, int64_t index)
-      : Tile(p, grid, int(index / (p.batch * p.heads_q)), int(index % (p.batch * p.heads_q))) {}
-
-  __device__ __forceinline__ bool empty() const { return row >= sequence.seqlen_q; }
-
-  __device__ __forceinline__ Range first_pass() const {
-    return {blocks.begin, min(blocks.begin + resident, blocks.end)};
+  // No earlier, or no later pass matters to the Q block.
+  __device__ __forceinline__ bool first_visit() const {
+    return pass.begin == blocks.begin || pass.begin * kBlockKV <= keys.begin;
   }
-  __device__ __forceinline__ Range next_pass(Range pass) const {
-    return {pass.end, min(pass.end + resident, blocks.end)};
-  }
-
-  // The Q block of this warp at its turn number `turn`. Warps take the blocks of a slice back and
-  // forth: even causal work for each.
-  static __device__ __forceinline__ int q_block_of(const Grid& grid, int turn) {
-    const int warp = threadIdx.x / 32;
-    return turn * grid.warps + (turn % 2 == 0 ? warp : grid.warps - 1 - warp);
-  }
-
-  // This warp turns to that Q block, which meets the K/V blocks of `pass`.
-  __device__ __forceinline__ void visit(const Grid& grid, Range pass, int turn) {
-    __syncwarp();  // no lane reads the last visit any more
-    q_block = q_block_of(grid, turn);
-    warp_row = row + q_block * Traits::kRowsPerWarp;
-    keys = sequence.keys(warp_row, Traits::kRowsPerWarp);
-    const bool blind = keys.end <= keys.begin;  // it sees no key: O = 0, at the first pass
-    first = blind || pass.begin == blocks.begin || pass.begin * kBlockKV <= keys.begin;
-    last = blind || pass.end == blocks.end || pass.end * kBlockKV >= keys.end;
-    absent = warp_row >= sequence.seqlen_q ||
-             (blind ? pass.begin != blocks.begin
-                    : pass.begin * kBlockKV >= keys.end || pass.end * kBlockKV <= keys.begin);
-    __syncwarp();  // every lane sees the visit
+  __device__ __forceinline__ bool last_visit() const {
+    return pass.end == blocks.end || pass.end * kBlockKV >= keys.end;
   }
 
   __device__ __forceinline__ bool warp_sees_all(int j) const {
@@ -83,19 +60,86 @@ struct Tile {
     return absent || j * kBlockKV >= keys.end || (j + 1) * kBlockKV <= keys.begin;
   }
 
+  // Becomes the first tile of this CTA from `round` on that has rows; returns the round after.
+  __device__ __forceinline__ int find(const ForwardParams& p, const Grid& grid, int round) {
+    exists = false;
+    blocks = {0, 0};
+    while (!exists && grid.tile(round) < grid.tiles) take(p, grid, grid.tile(round++));
+    return round;
+  }
+
+  __device__ __forceinline__ void start_pass(int begin) {
+    pass = {begin, min(begin + resident, blocks.end)};
+    turn = 0;
+  }
+
+  // Warps take the Q blocks of a slice back and forth: even causal work for each.
+  __device__ __forceinline__ void start_visit(const Grid& grid) {
+    const int warp = threadIdx.x / 32;
+    const int q_block = turn * grid.warps + (turn % 2 == 0 ? warp : grid.warps - 1 - warp);
+    last_turn = turn == grid.turns - 1;
+    warp_row = row + q_block * Traits::kRowsPerWarp;
+    keys = sequence.keys(warp_row, Traits::kRowsPerWarp);
+    const bool sees_pass = pass.begin * kBlockKV < keys.end && pass.end * kBlockKV > keys.begin;
+    const bool sees_nothing = keys.end <= keys.begin;  // O = 0, at the first pass
+    absent =
+        warp_row >= sequence.seqlen_q || !(sees_nothing ? pass.begin == blocks.begin : sees_pass);
+    if (sees_nothing) keys = {pass.begin * kBlockKV, pass.begin * kBlockKV};
+  }
+
  private:
-  __device__ __forceinline__ Tile(const ForwardParams& p, const Grid& grid, int slice, int any_head)
-      : batch(any_head / p.heads_q),
-        head(any_head % p.heads_q),
-        head_kv(head / (p.heads_q / p.heads_kv)),
-        sequence(p, batch),
-        row((grid.last_first ? grid.slices - 1 - slice : slice) * grid.slice) {
+  __device__ __forceinline__ void take(const ForwardParams& p, const Grid& grid, int64_t index) {
+    const int heads = p.batch * p.heads_q;
+    const int slice = int(index / heads);
+    batch = int(index % heads) / p.heads_q;
+    head = int(index % heads) % p.heads_q;
+    head_kv = head / (p.heads_q / p.heads_kv);
+    sequence = Sequence(p, batch);
+    row = (grid.last_first ? grid.slices - 1 - slice : slice) * grid.slice;
+    exists = row < sequence.seqlen_q;
+    if (!exists) return;
     const Range seen = sequence.keys(row, grid.slice);
     blocks.begin = seen.begin / kBlockKV;
     blocks.end = max(blocks.begin, (seen.end + kBlockKV - 1) / kBlockKV);
     const int total = blocks.end - blocks.begin;
     const int passes = max(1, (total + grid.stages - 1) / grid.stages);
     resident = (total + passes - 1) / passes;  // passes of even length
+  }
+};
+
+// The visits of one warp, one after another: Q blocks inner, passes outer, slices around both.
+template <class Traits>
+struct Visits {
+  Tile<Traits>& tile;
+  Tile<Traits>& next;  // the slice after: its K/V blocks already come in
+  int round;
+
+  __device__ __forceinline__ Visits(Shared<Traits>& smem, const ForwardParams& p, const Grid& grid)
+      : tile(smem.template tile<Tile<Traits>>(0)), next(smem.template tile<Tile<Traits>>(1)) {
+    round = next.find(p, grid, 0);
+    tile.blocks = tile.pass = {0, 0};
+    tile.turn = grid.turns - 1;
+    __syncwarp();  // every lane sees the tiles
+  }
+
+  __device__ __forceinline__ bool advance(Shared<Traits>& smem, const ForwardParams& p,
+                                          const Grid& grid) {
+    __syncwarp();  // no lane reads the last visit any more
+    if (++tile.turn == grid.turns) {
+      smem.ring.advance(tile.pass.end);
+      if (tile.pass.end < tile.blocks.end) {
+        tile.start_pass(tile.pass.end);
+      } else {
+        if (!next.exists) return false;
+        tile = next;
+        round = next.find(p, grid, round);
+        smem.ring.rename(tile.blocks.begin);
+        tile.start_pass(tile.blocks.begin);
+      }
+    }
+    tile.start_visit(grid);
+    __syncwarp();  // every lane sees the visit
+    return true;
   }
 };
 

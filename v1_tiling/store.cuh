@@ -35,21 +35,16 @@ __device__ __forceinline__ void stage_output(const typename Traits::Output& O, u
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = m * 16 + h * 8 + lane / 4;
-      if constexpr (Traits::kFloat32) {
 #pragma unroll
-        for (int n = 0; n < Traits::kTilesV; n += 4) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            store_shared_16(sO + Rows::offset(row, output_column<Traits>(n, e, lane) / 4),
-                            {__float_as_uint(O[m][n][e]), __float_as_uint(O[m][n + 1][e]),
-                             __float_as_uint(O[m][n + 2][e]), __float_as_uint(O[m][n + 3][e])});
-          }
-        }
-      } else {
-#pragma unroll
-        for (int n = 0; n < Traits::kTilesV; ++n) {
+      for (int n = 0; n < Traits::kTilesV; ++n) {
+        const float* pair = &O[m][n][2 * h];
+        if constexpr (Traits::kFloat32) {
+          const uint32_t to = sO + Rows::offset(row, 2 * n + lane % 4 / 2) + lane % 2 * 8;
+          store_shared_4(to, __float_as_uint(pair[0]));
+          store_shared_4(to + 4, __float_as_uint(pair[1]));
+        } else {
           store_shared_4(sO + Rows::offset(row, n) + lane % 4 * 4,
-                         pack<typename Traits::Element>(O[m][n][2 * h], O[m][n][2 * h + 1]));
+                         pack<typename Traits::Element>(pair[0], pair[1]));
         }
       }
     }
@@ -60,7 +55,8 @@ __device__ __forceinline__ void stage_output(const typename Traits::Output& O, u
 template <class Traits>
 __device__ __forceinline__ float* state_address(const ForwardParams& p, const Grid& grid,
                                                 const Tile<Traits>& tile) {
-  const int64_t block = int64_t(blockIdx.x) * (grid.turns * grid.warps) + tile.q_block;
+  const int64_t block =
+      int64_t(blockIdx.x) * (grid.turns * grid.warps) + tile.turn * grid.warps + threadIdx.x / 32;
   return static_cast<float*>(p.workspace) + block * Traits::kStateFloats;
 }
 
@@ -69,7 +65,7 @@ template <class Traits>
 __device__ __forceinline__ void load_state(typename Traits::Output& O, Softmax<Traits>& softmax,
                                            const ForwardParams& p, const Grid& grid,
                                            const Tile<Traits>& tile) {
-  if (tile.first) return softmax.start(O);
+  if (tile.absent || tile.first_visit()) return softmax.start(O);
   const int lane = opaque(threadIdx.x % 32);
   const auto* from = reinterpret_cast<const float4*>(state_address(p, grid, tile));
 #pragma unroll
@@ -157,7 +153,8 @@ __device__ __forceinline__ void store_state(const typename Traits::Output& O,
                                             const Softmax<Traits>& softmax, Shared<Traits>& smem,
                                             const ForwardParams& p, const Grid& grid,
                                             const Tile<Traits>& tile) {
-  if (!tile.last) return keep_state(O, softmax, p, grid, tile);
+  if (tile.absent) return;
+  if (!tile.last_visit()) return keep_state(O, softmax, p, grid, tile);
   store_lse(softmax, p, tile);
   store_output(O, smem, p, tile);
 }

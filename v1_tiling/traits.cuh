@@ -48,8 +48,10 @@ struct ForwardTraits {
   // Before sm_80 no matrix instruction takes bf16 or tf32: there these kernels are empty.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   static constexpr bool kRuns = std::is_same_v<Element, fp16>;
+  static constexpr bool kAsyncCopies = false;
 #else
   static constexpr bool kRuns = true;
+  static constexpr bool kAsyncCopies = true;
 #endif
 };
 
@@ -59,6 +61,7 @@ struct Ring {
   int first_block = 0;  // the block in stage first_stage, the first_round-th block there
   int first_stage = 0;
   uint32_t first_round = 0;
+  int loaded = 0;  // blocks before this one are there, or under way
 
   __device__ __forceinline__ int stage(int j) const {
     const int n = first_stage + j - first_block;
@@ -72,8 +75,11 @@ struct Ring {
     const int stage_j = stage(j);
     first_round = round(j), first_stage = stage_j, first_block = j;
   }
-  // The next block to come, of a new slice, is block j.
-  __device__ __forceinline__ void restart(int j) { first_block = j; }
+  // The block that was to come next is block j of another tile.
+  __device__ __forceinline__ void rename(int j) {
+    loaded += j - first_block;
+    first_block = j;
+  }
 };
 
 // Barriers and each warp's tile, then the ring of K/V blocks, then each warp's Q block. How many
@@ -86,8 +92,8 @@ struct Shared {
   static constexpr int kKvFree = kKvFull + 8 * Traits::kMaxStages;
   static constexpr int kQFull = kKvFree + 8 * Traits::kMaxStages;
   static constexpr int kTiles = 384;
-  static constexpr int kBytesTile = 128;
-  static constexpr int kStages = kTiles + Traits::kMaxWarps * kBytesTile;
+  static constexpr int kBytesTile = 112;
+  static constexpr int kStages = kTiles + 2 * Traits::kMaxWarps * kBytesTile;
   static_assert(kTiles >= kQFull + 8 * Traits::kMaxWarps && kStages % 128 == 0);
 
   static constexpr int bytes(int stages, int warps) {
@@ -134,11 +140,12 @@ struct Shared {
   __device__ __forceinline__ uint32_t q() const {  // (kRowsPerWarp, kHeadDim)
     return address(kStages + ring.stages * 2 * kBytesK + threadIdx.x / 32 * kBytesQ);
   }
-  // Kept here rather than in registers, which O and S need.
+  // The tile in work and the next one: here rather than in registers, which O and S need.
   template <class Tile>
-  __device__ __forceinline__ Tile& tile() const {
+  __device__ __forceinline__ Tile& tile(int ahead) const {
     static_assert(sizeof(Tile) <= kBytesTile);
-    return *reinterpret_cast<Tile*>(base() + kTiles + threadIdx.x / 32 * kBytesTile);
+    const int n = threadIdx.x / 32 * 2 + ahead;
+    return *reinterpret_cast<Tile*>(base() + kTiles + n * kBytesTile);
   }
 };
 
