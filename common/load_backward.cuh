@@ -31,21 +31,25 @@ __device__ __forceinline__ Element* row_of(const View& view, int batch, int64_t 
 // Zeros in place of NaN and infinities; true if there was any.
 template <class Element>
 __device__ __forceinline__ bool remove_non_finite(uint32_t (&words)[4]) {
-  constexpr uint32_t kLow = kExponentBits<Element>, kHigh = kLow << 16;
   bool found = false;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (!any_non_finite<Element>(words[i])) continue;
-    found = true;
-    if ((words[i] & kLow) == kLow) words[i] &= 0xffff0000u;
-    if ((words[i] & kHigh) == kHigh) words[i] &= 0x0000ffffu;
+    const uint32_t before = words[i];
+    if constexpr (sizeof(Element) == 4) {
+      if ((before & 0x7f800000u) == 0x7f800000u) words[i] = 0;
+    } else {
+      constexpr uint32_t kLow = kExponentBits<Element>, kHigh = kLow << 16;
+      if ((before & kLow) == kLow) words[i] &= 0xffff0000u;
+      if ((before & kHigh) == kHigh) words[i] &= 0x0000ffffu;
+    }
+    found |= words[i] != before;
   }
   return found;
 }
 
 template <class Element>
 __device__ __forceinline__ bool rows_aligned(const Element* data, int64_t stride) {
-  return reinterpret_cast<uint64_t>(data) % 16 == 0 && stride % 8 == 0;
+  return reinterpret_cast<uint64_t>(data) % 16 == 0 && stride % (16 / int(sizeof(Element))) == 0;
 }
 
 // How the threads of a CTA share the 16-byte chunks of a block of rows: 4 or 8 neighbours take
@@ -63,13 +67,14 @@ struct BlockCopy {
     static_assert(kRows % kRowsPerPass == 0 && kRowsPerPass % 8 == 0);
     const int lane_row = threadIdx.x / kLanesPerRow, lane_chunk = threadIdx.x % kLanesPerRow;
     const int offset = Rows::offset(lane_row, lane_chunk);
-    data += lane_row * stride + lane_chunk * 8;
+    constexpr int kElements = 16 / int(sizeof(*data));
+    data += lane_row * stride + lane_chunk * kElements;
 #pragma unroll
     for (int row = 0; row < kRows; row += kRowsPerPass) {
 #pragma unroll
       for (int chunk = 0; chunk < Rows::kChunks; chunk += kLanesPerRow) {
         visit(lane_row + row, lane_chunk + chunk, offset + row * Rows::kRowBytes + chunk * 16,
-              data + chunk * 8);
+              data + chunk * kElements);
       }
       data += kRowsPerPass * stride;
       asm volatile("" : "+l"(data));
@@ -77,14 +82,20 @@ struct BlockCopy {
   }
 };
 
-// Eight 16-bit elements from global memory; one by one when rows are not 16-byte aligned.
+// 16 bytes from global memory; element by element when rows are not 16-byte aligned.
 template <class Element>
 __device__ __forceinline__ uint4 load_chunk(const Element* source, bool aligned) {
   if (aligned) return *reinterpret_cast<const uint4*>(source);
-  const auto* halves = reinterpret_cast<const uint16_t*>(source);
   uint32_t words[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4) {
+      words[i] = reinterpret_cast<const uint32_t*>(source)[i];
+    } else {
+      const auto* halves = reinterpret_cast<const uint16_t*>(source);
+      words[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+    }
+  }
   return uint4{words[0], words[1], words[2], words[3]};
 }
 
@@ -98,6 +109,7 @@ __device__ __forceinline__ void load_block(typename Traits::Element* target,
   const uint32_t base = shared_address(target);
   const int begin = valid.begin - row, end = valid.end - row;
   const bool aligned = !Traits::kFeatured || rows_aligned(source, stride);
+  constexpr int kElements = 16 / int(sizeof(*source));
   if (aligned && begin <= 0 && end >= kRows && head_dim == Traits::kHeadDim) {
     Copy::template for_each<kRows>(source, stride, [&](int, int, int offset, const auto* from) {
       cp_async_16(base + offset, from, true);
@@ -106,7 +118,7 @@ __device__ __forceinline__ void load_block(typename Traits::Element* target,
   }
   Copy::template for_each<kRows>(
       source, stride, [&](int r, int chunk, int offset, const auto* from) {
-        const bool in_range = r >= begin && r < end && chunk * 8 < head_dim;
+        const bool in_range = r >= begin && r < end && chunk * kElements < head_dim;
         if (aligned) {
           cp_async_16(base + offset, from, in_range);
         } else {

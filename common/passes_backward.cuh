@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kPassThreads)
     prepare_kernel(const __grid_constant__ BackwardParams p, BackwardWorkspace<Traits> workspace,
                    int blocks) {
   using Element = typename Traits::Element;
-  constexpr int kChunks = Traits::kHeadDim / 8;
+  constexpr int kElements = 16 / int(sizeof(Element));
+  constexpr int kChunks = Traits::kHeadDim / kElements;
   constexpr int kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;  // that share a row
   const RowBlock<Traits::kBlockQ> block(p, blocks);
   const Sequence sequence(p, block.batch);
@@ -36,15 +37,19 @@ __global__ void __launch_bounds__(kPassThreads)
     const int r = (n * kPassThreads + threadIdx.x) / kLanes;
     const int row = block.row + r;
     float sum = 0.0f;
-    if (row < sequence.seqlen_q && chunk * 8 < p.head_dim_v) {
-      const uint4 a = load_chunk(o + row * p.o.row + chunk * 8, o_aligned);
-      const uint4 b = load_chunk(dout + row * p.dout.row + chunk * 8, dout_aligned);
+    if (row < sequence.seqlen_q && chunk * kElements < p.head_dim_v) {
+      const uint4 a = load_chunk(o + row * p.o.row + chunk * kElements, o_aligned);
+      const uint4 b = load_chunk(dout + row * p.dout.row + chunk * kElements, dout_aligned);
       const uint32_t* x = reinterpret_cast<const uint32_t*>(&a);
       const uint32_t* y = reinterpret_cast<const uint32_t*>(&b);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 u = unpack<Element>(x[i]), v = unpack<Element>(y[i]);
-        sum += u.x * v.x + u.y * v.y;
+        if constexpr (sizeof(Element) == 4) {
+          sum += __uint_as_float(x[i]) * __uint_as_float(y[i]);
+        } else {
+          const float2 u = unpack<Element>(x[i]), v = unpack<Element>(y[i]);
+          sum += u.x * v.x + u.y * v.y;
+        }
       }
     }
 #pragma unroll
@@ -69,7 +74,7 @@ __global__ void __launch_bounds__(kPassThreads)
   }
 }
 
-// dQ = scale * sum, from fp32 fragments to rows of 16-bit elements.
+// dQ = scale * sum, from fp32 fragments to rows.
 template <class Traits>
 __global__ void __launch_bounds__(kPassThreads)
     finish_kernel(const __grid_constant__ BackwardParams p, BackwardWorkspace<Traits> workspace,
@@ -90,15 +95,21 @@ __global__ void __launch_bounds__(kPassThreads)
     const int r = i / kChunks, chunk = i % kChunks;
     if (block.row + r >= sequence.seqlen_q || chunk * 8 >= p.head_dim) continue;
     const float* tile = dq + (r / 16 * kChunks + chunk) * 128;
-    uint32_t packed[4];
+    Element* to = target + (block.row + r) * p.dq.row + chunk * 8;
+    float sums[8];
 #pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const int lane = r % 8 * 4 + pair, e = r % 16 / 8 * 2;
-      packed[pair] = pack<Element>(tile[fragment_offset(lane, e)] * p.scale,
-                                   tile[fragment_offset(lane, e + 1)] * p.scale);
+    for (int c = 0; c < 8; ++c) {
+      sums[c] = tile[fragment_offset(r % 8 * 4 + c / 2, r % 16 / 8 * 2 + c % 2)] * p.scale;
     }
-    store_chunk(target + (block.row + r) * p.dq.row + chunk * 8,
-                uint4{packed[0], packed[1], packed[2], packed[3]}, aligned);
+    if constexpr (sizeof(Element) == 4) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) to[c] = sums[c];
+    } else {
+      store_chunk(to,
+                  {pack<Element>(sums[0], sums[1]), pack<Element>(sums[2], sums[3]),
+                   pack<Element>(sums[4], sums[5]), pack<Element>(sums[6], sums[7])},
+                  aligned);
+    }
   }
 }
 

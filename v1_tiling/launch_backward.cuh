@@ -7,6 +7,7 @@
 #include "common/launch.cuh"
 #include "common/passes_backward.cuh"
 #include "v1_tiling/backward.cuh"
+#include "v1_tiling/fp32_backward.cuh"
 
 namespace flash::v1 {
 
@@ -18,6 +19,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   cudaDeviceGetAttribute(&value, attribute, device);
   return value;
 }
+
+template <class Instance>
+inline constexpr bool kIsFp32 = std::is_same_v<typename Instance::Element, fp32>;
 
 // Do the larger tiles fit? They do not on Turing.
 template <class Instance>
@@ -53,11 +57,15 @@ Plan plan_backward_as(const Problem& p) {
 
 template <class Instance>
 Plan plan_backward(const Problem& p) {
-  if constexpr (std::is_same_v<typename Instance::Element, fp16>) {
+  if constexpr (kIsFp32<Instance>) {
+    return plan_backward_as<Fp32BackwardTraits<Instance>>(p);
+  } else if constexpr (std::is_same_v<typename Instance::Element, fp16>) {
     using Small = BackwardTraits<Instance, false, true>;
     if (!large_backward<Instance>()) return plan_backward_as<Small>(p);
+    return plan_backward_as<BackwardTraits<Instance>>(p);
+  } else {
+    return plan_backward_as<BackwardTraits<Instance>>(p);
   }
-  return plan_backward_as<BackwardTraits<Instance>>(p);
 }
 
 template <class Traits>
@@ -72,8 +80,14 @@ cudaError_t launch_backward_as(const BackwardParams& p) {
                     workspace, row_blocks);
   }
   if (status == cudaSuccess && plan.grid > 0) {
-    status = launch(backward_kernel<Traits>, dim3(unsigned(plan.grid)), Traits::kThreads,
-                    plan.shared_bytes, p.stream, p, workspace, int(backward_slices<Traits>(p)));
+    void (*kernel)(BackwardParams, BackwardWorkspace<Traits>, int) = nullptr;
+    if constexpr (std::is_same_v<typename Traits::Element, fp32>) {
+      kernel = fp32_backward_kernel<Traits>;
+    } else {
+      kernel = backward_kernel<Traits>;
+    }
+    status = launch(kernel, dim3(unsigned(plan.grid)), Traits::kThreads, plan.shared_bytes,
+                    p.stream, p, workspace, int(backward_slices<Traits>(p)));
   }
   if (status == cudaSuccess && row_grid > 0) {
     status = launch(finish_kernel<Traits>, dim3(unsigned(row_grid)), kPassThreads, 0, p.stream, p,
@@ -84,16 +98,21 @@ cudaError_t launch_backward_as(const BackwardParams& p) {
 
 template <class Instance, bool kFeatured>
 cudaError_t launch_backward_fitting(const BackwardParams& p) {
-  if constexpr (std::is_same_v<typename Instance::Element, fp16>) {
+  if constexpr (kIsFp32<Instance>) {
+    return launch_backward_as<Fp32BackwardTraits<Instance, kFeatured>>(p);
+  } else if constexpr (std::is_same_v<typename Instance::Element, fp16>) {
     using Small = BackwardTraits<Instance, kFeatured, true>;
     if (!large_backward<Instance>()) return launch_backward_as<Small>(p);
+    return launch_backward_as<BackwardTraits<Instance, kFeatured>>(p);
+  } else {
+    return launch_backward_as<BackwardTraits<Instance, kFeatured>>(p);
   }
-  return launch_backward_as<BackwardTraits<Instance, kFeatured>>(p);
 }
 
 inline bool rows_aligned(const View& v, const Problem& p) {
   const int64_t strides = v.row | v.head | (p.batch > 1 ? v.batch : 0);
-  return reinterpret_cast<uint64_t>(v.data) % 16 == 0 && strides % 8 == 0;
+  return reinterpret_cast<uint64_t>(v.data) % 16 == 0 &&
+         strides % (p.dtype == DType::kFloat32 ? 4 : 8) == 0;
 }
 
 template <class Instance>
