@@ -19,13 +19,13 @@ __device__ __forceinline__ uint32_t lane_columns(int lane) {
   return Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
-// S^T += K Q^T, and dP^T += V dO^T: 32 keys of this warp against kWarpQ rows. between(i) is other
-// work, one part for each of the kScoreTiles tiles, that hides behind the products.
-template <class Traits, class Between>
+// S^T += K Q^T, and dP^T += V dO^T: 32 keys of this warp against kWarpQ rows. between(i), i below
+// kParts, is other work that hides behind the products.
+template <class Traits, int kParts, class Between>
 __device__ __forceinline__ void gemm_scores(float (&rS)[2][Traits::kWarpQ / 8][4], uint32_t keys,
                                             uint32_t rows, Between between) {
   using Rows = typename Traits::Rows;
-  constexpr int kSteps = Traits::kHeadDim / 16, kParts = Traits::kScoreTiles;
+  constexpr int kSteps = Traits::kHeadDim / 16;
   constexpr int kColumns = Traits::kWarpQ / 16;
   uint32_t a[2][2][4], b[2][kColumns][4];  // two steps: one is fetched while the other multiplies
   const auto fetch = [&](int k) {
@@ -109,6 +109,14 @@ __device__ __forceinline__ void gemm_dq(
   using Rows = typename Traits::Rows;
   constexpr int kTiles = Traits::kDqRows / 16, kColumns = Traits::kDqPassDim / 16;
   constexpr int kSteps = Traits::kBlockKV / 16;
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kColumns * 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rdQ[m][n][e] = 0.0f;
+    }
+  }
   uint32_t a[2][kTiles][4], b[2][kColumns][4];  // fetched one step ahead
   const auto fetch = [&](int k) {
 #pragma unroll

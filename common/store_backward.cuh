@@ -26,20 +26,15 @@ __device__ __forceinline__ int fragment_offset(int lane, int e) {
 #endif
 }
 
-// Adds this warp's share of one pass; `target` is its first tile in the block.
+// Adds tile i of this warp's share of one pass; `target` is its first tile in the block.
 template <class Traits>
 __device__ __forceinline__ void add_dq(
     float* target, const float (&rdQ)[Traits::kDqRows / 16][Traits::kDqPassDim / 8][4], int pass,
-    int lane) {
-  constexpr int kColumns = Traits::kDqPassDim / 16;
-#pragma unroll
-  for (int m = 0; m < Traits::kDqRows / 16; ++m) {
-#pragma unroll
-    for (int n = 0; n < kColumns * 2; ++n) {
-      const int chunk = (pass * kColumns + n / 2) * Traits::kDqWarpsDim * 2 + n % 2;
-      add_fragment(target + (m * (Traits::kHeadDim / 8) + chunk) * 128, rdQ[m][n], lane);
-    }
-  }
+    int i, int lane) {
+  constexpr int kRowTiles = Traits::kDqRows / 16, kColumns = Traits::kDqPassDim / 16;
+  const int m = i % kRowTiles, n = i / kRowTiles;
+  const int chunk = (pass * kColumns + n / 2) * Traits::kDqWarpsDim * 2 + n % 2;
+  add_fragment(target + (m * (Traits::kHeadDim / 8) + chunk) * 128, rdQ[m][n], lane);
 }
 
 // dK or dV, scaled and rounded, into a shared tile of rows.

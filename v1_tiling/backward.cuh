@@ -46,8 +46,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       __syncthreads();                            // every thread sees that
     }
 
-    float rdK[2][Traits::kWarpDim / 8][4] = {};  // (32, kWarpDim)
-    float rdV[2][Traits::kWarpDim / 8][4] = {};  // (32, kWarpDim)
+    float rdK[2][Traits::kWarpDim / 8][4] = {};                  // (32, kWarpDim)
+    float rdV[2][Traits::kWarpDim / 8][4] = {};                  // (32, kWarpDim)
+    float rdQ[Traits::kDqRows / 16][Traits::kDqPassDim / 8][4];  // (kDqRows, kDqPassDim)
+    float* gdQ = nullptr;                                        // where they belong
 #pragma unroll 1
     for (int step = 0; step < tile.steps(); ++step) {
       const int stage = step % Traits::kStages;
@@ -73,15 +75,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         float rS[2][Traits::kWarpQ / 8][4] = {};
         float rdP[2][Traits::kWarpQ / 8][4];
         uint32_t rP[2][Traits::kWarpQ / 16][4], rdS[2][Traits::kWarpQ / 16][4];
-        gemm_scores<Traits>(rS, shared_address(shared.k) + by_keys, sQ + by_queries, [](int) {});
+        gemm_scores<Traits, Traits::kLateDq ? Traits::kDqTiles : 0>(
+            rS, shared_address(shared.k) + by_keys, sQ + by_queries, [&](int i) {
+              if (gdQ != nullptr) add_dq<Traits>(gdQ, rdQ, Traits::kDqPasses - 1, i, lane);
+            });
         if constexpr (Traits::kStagesDout == 1) {
           cp_async_wait<1>();
           __syncthreads();  // this dO has arrived
         }
         start_negative<KeysByRows>(rdP, shared.delta[stage] + row, lane);
-        gemm_scores<Traits>(rdP, shared_address(shared.v) + by_keys, sdO + by_queries, [&](int i) {
-          exponentiate<Traits, KeysByRows>(rP, rS, p, shared.lse[stage] + row, i, lane);
-        });
+        gemm_scores<Traits, Traits::kScoreTiles>(
+            rdP, shared_address(shared.v) + by_keys, sdO + by_queries, [&](int i) {
+              exponentiate<Traits, KeysByRows>(rP, rS, p, shared.lse[stage] + row, i, lane);
+            });
         if (masked) {
           mask_scores<Traits, KeysByRows>(rP, rS, rdP, tile.sequence, shared.poison + key,
                                           tile.step(step).row + row, tile.key + key, lane);
@@ -109,12 +115,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const uint32_t channels = Rows::advance(lane_rows<Rows>(warp.lane), warp.dq_slice * 2);
         const auto [head, first_row] = tile.step(step);
         const int64_t at = head * workspace.rows + tile.padded + first_row + warp.dq_row;
-        float* gdQ = workspace.dq + at * Traits::kHeadDim + warp.dq_slice * 256;
+        gdQ = workspace.dq + at * Traits::kHeadDim + warp.dq_slice * 256;
 #pragma unroll
         for (int pass = 0; pass < Traits::kDqPasses; ++pass) {
-          float rdQ[Traits::kDqRows / 16][Traits::kDqPassDim / 8][4] = {};  // (kDqRows, kDqPassDim)
+          const bool late = Traits::kLateDq && pass == Traits::kDqPasses - 1;
           gemm_dq<Traits>(rdQ, sdS + queries, shared_address(shared.k) + channels, pass);
-          add_dq<Traits>(gdQ, rdQ, pass, warp.lane);
+          if (late && step < tile.steps() - 1) continue;
+#pragma unroll
+          for (int i = 0; i < Traits::kDqTiles; ++i) add_dq<Traits>(gdQ, rdQ, pass, i, warp.lane);
         }
       }
     }

@@ -90,11 +90,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       float rS[2][Traits::kWarpQ / 8][4] = {};
       float rdP[2][Traits::kWarpQ / 8][4];
       uint32_t rP[2][Traits::kWarpQ / 16][4], rdS[2][Traits::kWarpQ / 16][4];
-      gemm_scores<Traits>(rS, shared_address(shared.k) + first_row, sK + first_key, [](int) {});
+      gemm_scores<Traits, 0>(rS, shared_address(shared.k) + first_row, sK + first_key, [](int) {});
       start_negative<RowsByKeys>(rdP, stats_delta + row, lane);
-      gemm_scores<Traits>(rdP, shared_address(shared.v) + first_row, sV + first_key, [&](int i) {
-        exponentiate<Traits, RowsByKeys>(rP, rS, p, stats_lse + row, i, lane);
-      });
+      gemm_scores<Traits, Traits::kScoreTiles>(
+          rdP, shared_address(shared.v) + first_row, sV + first_key,
+          [&](int i) { exponentiate<Traits, RowsByKeys>(rP, rS, p, stats_lse + row, i, lane); });
       if (masked) {
         mask_scores<Traits, RowsByKeys>(rP, rS, rdP, sequence, shared.poison + key, block.row + row,
                                         block_key + key, lane);

@@ -48,6 +48,9 @@ struct BackwardTraits {
   // A pass of at most 32 columns at a time: its sums leave while the next one multiplies.
   static constexpr int kDqPasses = kDqDim / 32 > 1 ? kDqDim / 32 : 1;
   static constexpr int kDqPassDim = kDqDim / kDqPasses;
+  static constexpr int kDqTiles = kDqRows / 16 * (kDqPassDim / 8);
+  // The sums of the last pass leave behind the next step's first product, if registers allow.
+  static constexpr bool kLateDq = kHeadDim > 128;
   static_assert(kStages * kBlockQ >= kBlockKV, "dQ's kernel keeps the statistics of kBlockKV rows");
   static_assert(kWarpQ % 16 == 0 && kWarpDim % 16 == 0 && kDqRows % 16 == 0 &&
                 kDqPassDim % 16 == 0);
