@@ -18,19 +18,23 @@ template <class Traits>
 __device__ __forceinline__ void announce(const Arguments& args, typename Traits::Shared& shared) {
   Schedule<Traits> schedule(args);
   Ring<Traits::kWorkSlots> slot;
-  for (Work work = schedule.next();; work = schedule.next()) {
-    if (work.head >= 0 && is_empty<Traits>(work)) {
+  for (;;) {
+    const Tile tile = schedule.next();
+    Work& work = shared.work[slot.slot];
+    shared.work_empty[slot.slot].wait(slot.parity ^ 1);
+    if (threadIdx.x % kWarp == 0) describe(work, args.p, tile);
+    __syncwarp();
+    if (tile.head >= 0 && is_empty<Traits>(work)) {
       store_nothing<Traits>(args.p, work);
+      __syncwarp();  // before the slot is written again
       continue;
     }
-    shared.work_empty[slot.slot].wait(slot.parity ^ 1);
     if (threadIdx.x % kWarp == 0) {
-      if (work.head >= 0) prefetch_tile<Traits>(args, work);
-      shared.work[slot.slot] = work;
+      if (tile.head >= 0) prefetch_tile<Traits>(args, work);
       shared.work_full[slot.slot].arrive();
     }
     slot.advance();
-    if (work.head < 0) return;
+    if (tile.head < 0) return;
   }
 }
 

@@ -79,6 +79,7 @@ cudaError_t launch_traits(const ForwardParams& p) {
   const cudaError_t status = make_maps<Traits>(args);
   if (status != cudaSuccess) return status;
   const int64_t tiles = count_tiles<Traits>(p);
+  if (tiles > (1 << 30)) return cudaErrorInvalidValue;  // tiles are counted in 32 bits
   const int sms = multiprocessors();
   const dim3 grid(tiles < sms ? int(tiles) : sms);
   return launch(forward_kernel<Traits>, grid, Traits::kThreads,

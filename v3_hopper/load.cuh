@@ -79,13 +79,16 @@ struct Loader {
 template <class Traits>
 __device__ __forceinline__ void prefetch_tile(const Arguments& args, const Work& work) {
   const int key = key_row<Traits>(work, key_blocks<Traits>(work).end - 1);
+#pragma unroll 1
   for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
     const int column = chunk * Traits::kChunkColumns;
+#pragma unroll 1
     for (int group = 0; group < Traits::kConsumers; ++group) {
       prefetch_box(args.q, {column, query_row(work, group), work.head, work.batch});
     }
     prefetch_box(args.k, {column, key, work.head_kv, work.batch});
   }
+#pragma unroll 1
   for (int chunk = 0; chunk < Traits::kChunksV; ++chunk) {
     prefetch_box(args.v, {chunk * Traits::kChunkColumns, key, work.head_kv, work.batch});
   }

@@ -39,6 +39,22 @@ __device__ __forceinline__ bool needs_guard(const Work& work, int block, bool pa
          (packed && keys < Traits::kBlockKV);
 }
 
+// A tile of the list: which sequence of the batch, which query head, from which row on.
+struct Tile {
+  int sequence, head, row;
+};
+__device__ constexpr Tile kNoTile = {0, -1, 0};
+
+__device__ __forceinline__ void describe(Work& work, const ForwardParams& p, const Tile& tile) {
+  work.head = tile.head;
+  work.row = tile.row;
+  if (tile.head < 0) return;
+  work.sequence = Sequence(p, tile.sequence);
+  work.batch = p.cu_seqlens_q ? 0 : tile.sequence;
+  work.head_kv = tile.head / (p.heads_q / p.heads_kv);
+  work.poisoned = 0;
+}
+
 // The walk of one CTA, executed by the producer warp. Rounds alternate direction, so that a CTA
 // with a long tile in one round gets a short one in the next.
 template <class Traits>
@@ -46,39 +62,36 @@ class Schedule {
  public:
   __device__ __forceinline__ explicit Schedule(const Arguments& args) : args_(args) {}
 
-  // The next tile; head is -1 after the last one. All lanes call it and get the same answer.
-  __device__ __forceinline__ Work next() {
+  // The next tile; all lanes call it and get the same answer.
+  __device__ __forceinline__ Tile next() {
     const int ctas = gridDim.x, cta = blockIdx.x;
-    const int64_t index = int64_t(round_) * ctas + (round_ % 2 ? ctas - 1 - cta : cta);
+    const int index = round_ * ctas + (round_ % 2 ? ctas - 1 - cta : cta);
     ++round_;
     return args_.p.cu_seqlens_q ? packed(index) : dense(index);
   }
 
  private:
-  __device__ __forceinline__ Work dense(int64_t index) const {
-    const ForwardParams& p = args_.p;
-    const int heads = p.batch * p.heads_q;
-    if (index >= int64_t(heads) * args_.schedule.tiles_q) return none();
-    Work work = locate(int(index), heads, args_.schedule.tiles_q);
-    work.batch = work.head / p.heads_q;
-    work.head -= work.batch * p.heads_q;
-    work.head_kv = work.head / (p.heads_q / p.heads_kv);
-    work.sequence = Sequence(p, work.batch);
-    return work;
+  __device__ __forceinline__ Tile dense(int index) const {
+    const int heads = args_.p.batch * args_.p.heads_q;
+    if (index >= heads * args_.schedule.tiles_q) return kNoTile;
+    Tile tile = locate(index, heads, args_.schedule.tiles_q);
+    tile.sequence = tile.head / args_.p.heads_q;
+    tile.head -= tile.sequence * args_.p.heads_q;
+    return tile;
   }
 
   // Sequences of different lengths: lanes sum the tiles of 32 of them at a time.
-  __device__ __forceinline__ Work packed(int64_t index) {
+  __device__ __forceinline__ Tile packed(int index) {
     const ForwardParams& p = args_.p;
     const int lane = threadIdx.x % kWarp;
-    for (; batch_ < p.batch; batch_ += kWarp) {
-      const int batch = batch_ + lane;
+    for (; first_ < p.batch; first_ += kWarp) {
       int tiles = 0;
-      if (batch < p.batch) {
-        const int rows = p.cu_seqlens_q[batch + 1] - p.cu_seqlens_q[batch];
-        tiles = ceil_div(rows, Traits::kBlockQ) * p.heads_q;
+      if (first_ + lane < p.batch) {
+        const int* begin = p.cu_seqlens_q + first_ + lane;
+        tiles = ceil_div(begin[1] - begin[0], Traits::kBlockQ) * p.heads_q;
       }
       int through = tiles;  // tiles of this and all earlier lanes
+#pragma unroll 1
       for (int step = 1; step < kWarp; step *= 2) {
         const int other = __shfl_up_sync(~0u, through, step);
         if (lane >= step) through += other;
@@ -88,36 +101,30 @@ class Schedule {
         const int owner = __ffs(after) - 1;
         tiles = __shfl_sync(~0u, tiles, owner);
         through = __shfl_sync(~0u, through, owner);
-        const int inside = int(index - (before_ + through - tiles));
-        Work work = locate(inside, p.heads_q, tiles / p.heads_q);
-        work.head_kv = work.head / (p.heads_q / p.heads_kv);
-        work.sequence = Sequence(p, batch_ + owner);
-        return work;
+        Tile tile = locate(index - (before_ + through - tiles), p.heads_q, tiles / p.heads_q);
+        tile.sequence = first_ + owner;
+        return tile;
       }
       before_ += __shfl_sync(~0u, through, kWarp - 1);
     }
-    return none();
+    return kNoTile;
   }
 
   // Tile `index` of `heads` heads with `tiles_q` query tiles each: sections of heads one after the
   // other; inside a section from the last rows (with causal masks, the most keys) to the first.
-  __device__ __forceinline__ Work locate(int index, int heads, int tiles_q) const {
+  __device__ __forceinline__ Tile locate(int index, int heads, int tiles_q) const {
     const int section_heads = args_.schedule.heads_per_section;
     const int section = index / (section_heads * tiles_q);
     const int inside = index - section * section_heads * tiles_q;
     const int width = min(section_heads, heads - section * section_heads);
-    Work work = none();
-    work.head = section * section_heads + inside % width;
-    work.row = (tiles_q - 1 - inside / width) * Traits::kBlockQ;
-    return work;
+    return {0, section * section_heads + inside % width,
+            (tiles_q - 1 - inside / width) * Traits::kBlockQ};
   }
-
-  __device__ __forceinline__ Work none() const { return {Sequence(args_.p, 0), 0, -1, 0, 0, 0}; }
 
   const Arguments& args_;
   int round_ = 0;
-  int batch_ = 0;       // first sequence of the window that packed() looks at
-  int64_t before_ = 0;  // tiles of all sequences before it
+  int first_ = 0;   // first sequence of the window that packed() looks at
+  int before_ = 0;  // tiles of all sequences before it
 };
 
 }  // namespace flash::v3

@@ -113,10 +113,12 @@ __device__ __forceinline__ void store_nothing(const ForwardParams& p, const Work
   auto* gO = static_cast<typename Traits::Output*>(p.o.data) + work.batch * p.o.batch +
              first_row * p.o.row + work.head * p.o.head;
   const int vectors = p.head_dim_v / 8;
+#pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < rows * vectors; i += kWarp) {
     *reinterpret_cast<uint4*>(gO + i / vectors * p.o.row + i % vectors * 8) = {0, 0, 0, 0};
   }
   float* lse = p.lse.data + work.batch * p.lse.batch + work.head * p.lse.head + first_row;
+#pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < rows && p.lse.data != nullptr; i += kWarp) {
     lse[i] = -INFINITY;
   }

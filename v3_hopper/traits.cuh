@@ -66,8 +66,8 @@ struct Traits {
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesQ = Tuned::kStagesQ;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
 
   // In shared memory a tile is a row of chunks, each 128 bytes wide; TMA fills columns beyond the
   // head dim with zeros.
