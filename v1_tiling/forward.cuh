@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1)
 
       for (int j = tile.pass.begin; j < tile.pass.end; ++j) {
         load_kv(smem, p, tile, visits.next, j);
-        wait_kv(smem, j);
+        wait_kv(smem, tile, j);
         if (!tile.warp_sees_none(j)) {
           // --- one block: S = Q K^T, P = softmax(S), O = O + P V
           gemm_qk(S, Q, smem, j);

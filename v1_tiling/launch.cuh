@@ -1,6 +1,8 @@
 // From parameters to kernel, grid and shared memory.
 #pragma once
 
+#include <algorithm>
+
 #include "common/backend.h"
 #include "common/launch.cuh"
 #include "v1_tiling/forward.cuh"
@@ -20,6 +22,24 @@ struct Device {
   }
 };
 
+// Long slices read K and V less often and let warps drift apart; short ones fill the device. The
+// cost is that of the rounds of CTAs, in turns, where starting a slice costs a third of a turn.
+inline void choose_slice(Grid& grid, const Problem& p, int rows_per_warp, int processors) {
+  const auto up = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
+  const int rows = grid.warps * rows_per_warp;
+  float best = 0.0f;
+  for (int turns : {1, 2, 4}) {
+    const int slices = int(up(p.seqlen_q, turns * rows));
+    const int64_t tiles = int64_t(slices) * p.batch * p.heads_q;
+    const float used_turns = float(std::min<int64_t>(turns, up(p.seqlen_q, rows)));
+    const float cost = float(up(tiles, processors)) * (used_turns + 0.35f);
+    if (turns > 1 && cost >= best) continue;
+    best = cost;
+    grid.turns = turns, grid.slice = turns * rows, grid.slices = slices, grid.tiles = tiles;
+  }
+  grid.ctas = int(std::min<int64_t>(grid.tiles, processors));
+}
+
 // Eight warps if at least two K/V blocks then find room beside their Q blocks, else fewer.
 template <class Traits>
 Grid make_grid(const Problem& p) {
@@ -32,11 +52,7 @@ Grid make_grid(const Problem& p) {
   while (grid.warps > 1 && !fits(1)) --grid.warps;
   for (grid.stages = Traits::kMaxStages; grid.stages > 1 && !fits(grid.stages); --grid.stages) {
   }
-  grid.turns = 2;
-  grid.slice = grid.turns * grid.warps * Traits::kRowsPerWarp;
-  grid.slices = (p.seqlen_q + grid.slice - 1) / grid.slice;
-  grid.tiles = int64_t(grid.slices) * p.batch * p.heads_q;
-  grid.ctas = int(grid.tiles < device.processors ? grid.tiles : device.processors);
+  choose_slice(grid, p, Traits::kRowsPerWarp, device.processors);
   grid.last_first = p.window_right != kUnlimited;
   return grid;
 }

@@ -80,6 +80,7 @@ __device__ __forceinline__ void load_kv(Shared<Traits>& smem, const ForwardParam
                                         const Tile<Traits>& tile, const Tile<Traits>& next,
                                         int j_now) {
   using Element = typename Traits::Element;
+  if (tile.turn > 0 && !tile.last_turn) return;  // no place has become free
   Ring& ring = smem.ring;
   int left = tile.pass.begin;  // blocks before this one are left
   if (tile.turn == 0 && j_now == left) --left;
@@ -107,8 +108,9 @@ __device__ __forceinline__ void load_kv(Shared<Traits>& smem, const ForwardParam
 
 // Afterwards K_j and V_j are visible to this warp.
 template <class Traits>
-__device__ __forceinline__ void wait_kv(const Shared<Traits>& smem, int j) {
-  barrier_wait(smem.kv_full(j), smem.ring.round(j));
+__device__ __forceinline__ void wait_kv(const Shared<Traits>& smem, const Tile<Traits>& tile,
+                                        int j) {
+  if (tile.turn == 0) barrier_wait(smem.kv_full(j), smem.ring.round(j));
 }
 
 // After its last Q block, this warp reads block j no more. When all warps have said so, another

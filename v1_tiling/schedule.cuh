@@ -38,26 +38,20 @@ struct Tile {
   Range blocks;  // K/V blocks that any row of the slice sees
   int resident;  // K/V blocks of a pass
 
-  Range pass;      // the K/V blocks of this visit
-  int turn;        // which of its Q blocks this warp brings
-  bool last_turn;  // afterwards it is done with the K/V blocks
-  int warp_row;    // first row of the Q block
-  Range keys;      // keys that any of its rows sees
-  bool absent;     // none of them in this pass: nothing to do
-
-  // No earlier, or no later pass matters to the Q block.
-  __device__ __forceinline__ bool first_visit() const {
-    return pass.begin == blocks.begin || pass.begin * kBlockKV <= keys.begin;
-  }
-  __device__ __forceinline__ bool last_visit() const {
-    return pass.end == blocks.end || pass.end * kBlockKV >= keys.end;
-  }
+  Range pass;        // the K/V blocks of this visit
+  int turn;          // which of its Q blocks this warp brings
+  bool last_turn;    // afterwards it is done with the K/V blocks
+  int warp_row;      // first row of the Q block
+  Range seen;        // K/V blocks of this pass that any of its rows sees
+  Range whole;       // K/V blocks that all of its rows see as a whole
+  bool first, last;  // no earlier, no later pass matters to the Q block
+  bool absent;       // nor does this one: nothing to do
 
   __device__ __forceinline__ bool warp_sees_all(int j) const {
-    return sequence.all_visible(warp_row, Traits::kRowsPerWarp, j * kBlockKV, kBlockKV);
+    return j >= whole.begin && j < whole.end;
   }
   __device__ __forceinline__ bool warp_sees_none(int j) const {
-    return absent || j * kBlockKV >= keys.end || (j + 1) * kBlockKV <= keys.begin;
+    return j < seen.begin || j >= seen.end;
   }
 
   // Becomes the first tile of this CTA from `round` on that has rows; returns the round after.
@@ -79,12 +73,18 @@ struct Tile {
     const int q_block = turn * grid.warps + (turn % 2 == 0 ? warp : grid.warps - 1 - warp);
     last_turn = turn == grid.turns - 1;
     warp_row = row + q_block * Traits::kRowsPerWarp;
-    keys = sequence.keys(warp_row, Traits::kRowsPerWarp);
-    const bool sees_pass = pass.begin * kBlockKV < keys.end && pass.end * kBlockKV > keys.begin;
-    const bool sees_nothing = keys.end <= keys.begin;  // O = 0, at the first pass
-    absent =
-        warp_row >= sequence.seqlen_q || !(sees_nothing ? pass.begin == blocks.begin : sees_pass);
-    if (sees_nothing) keys = {pass.begin * kBlockKV, pass.begin * kBlockKV};
+    const Range keys = sequence.keys(warp_row, Traits::kRowsPerWarp);
+    const Range all = {keys.begin / kBlockKV, (keys.end + kBlockKV - 1) / kBlockKV};
+    const bool blind = keys.end <= keys.begin;  // it sees no key: O = 0, at the first pass
+    const bool outside = warp_row >= sequence.seqlen_q;
+    seen = {max(all.begin, pass.begin), blind || outside ? 0 : min(all.end, pass.end)};
+    first = blind || pass.begin == blocks.begin || pass.begin <= all.begin;
+    last = blind || pass.end == blocks.end || pass.end >= all.end;
+    absent = outside || (blind ? pass.begin != blocks.begin : seen.begin >= seen.end);
+    // From the first key that the last row sees to the last key that the first row sees.
+    const int begin = max(0, warp_row + Traits::kRowsPerWarp - 1 + sequence.first);
+    const int end = max(0, min(warp_row + sequence.last + 1, sequence.seqlen_k));
+    whole = {(begin + kBlockKV - 1) / kBlockKV, end / kBlockKV};
   }
 
  private:

@@ -65,7 +65,7 @@ template <class Traits>
 __device__ __forceinline__ void load_state(typename Traits::Output& O, Softmax<Traits>& softmax,
                                            const ForwardParams& p, const Grid& grid,
                                            const Tile<Traits>& tile) {
-  if (tile.absent || tile.first_visit()) return softmax.start(O);
+  if (tile.absent || tile.first) return softmax.start(O);
   const int lane = opaque(threadIdx.x % 32);
   const auto* from = reinterpret_cast<const float4*>(state_address(p, grid, tile));
 #pragma unroll
@@ -154,7 +154,7 @@ __device__ __forceinline__ void store_state(const typename Traits::Output& O,
                                             const ForwardParams& p, const Grid& grid,
                                             const Tile<Traits>& tile) {
   if (tile.absent) return;
-  if (!tile.last_visit()) return keep_state(O, softmax, p, grid, tile);
+  if (!tile.last) return keep_state(O, softmax, p, grid, tile);
   store_lse(softmax, p, tile);
   store_output(O, smem, p, tile);
 }

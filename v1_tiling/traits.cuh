@@ -23,7 +23,7 @@ struct ForwardTraits {
   static constexpr int kMaxWarps = 8;
   static constexpr int kMaxThreads = 32 * kMaxWarps;
   static constexpr int kRowsPerWarp = kFloat32 ? 16 : 32;
-  static constexpr int kBlockKV = kFloat32 ? 32 : 64;
+  static constexpr int kBlockKV = kFloat32 && kHeadDim > 64 ? 32 : 64;
   static constexpr int kMaxStages = 16;  // blocks of K and V that stay on chip together, at most
   static constexpr bool kQueryInRegisters = kHeadDim <= 64 && !kFloat32;
 
