@@ -91,6 +91,8 @@ struct Fragments {
   uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
   uint32_t k[Traits::kHeadDim / 4];    // this warpgroup's keys, if there is room
   uint32_t v[Traits::kHeadDim / 4];
+  int row;      // of S
+  bool masked;  // P
 };
 
 // Where a step finds its tiles.
@@ -101,17 +103,21 @@ struct Rings {
   Ring<2> ds;
 };
 
-// S^T of a step is issued: everything before it in shared memory is ready.
+// S^T of a step is issued, from -LSE on.
 template <class Traits>
 __device__ __forceinline__ void issue_scores(const Consumer<Traits>& self, Fragments<Traits>& r,
-                                             int slot, uint32_t parity) {
-  self.shared.q_full[slot].wait(parity);
+                                             const Ring<Traits::kStagesQ>& q) {
+  constexpr bool kStarted = !Traits::kSoftcap;
+  auto& shared = self.shared;
+  shared.q_full[q.slot].wait(q.parity);
+  r.row = shared.row[q.slot];
+  if constexpr (kStarted) start(r.s, shared.lse[q.slot] + self.column());
   pin(r.s);
   wgmma_begin();
   if constexpr (Traits::kRoomy) {
-    gemm_scores<Traits::kHeadDim>(r.s, r.k, self.shared.q[slot], false);
+    gemm_scores<Traits::kHeadDim>(r.s, r.k, shared.q[q.slot], kStarted);
   } else {
-    gemm_scores<Traits::kHeadDim>(r.s, self.shared.k, self.key, self.shared.q[slot], false);
+    gemm_scores<Traits::kHeadDim>(r.s, shared.k, self.key, shared.q[q.slot], kStarted);
   }
   wgmma_commit();
 }
@@ -120,10 +126,11 @@ __device__ __forceinline__ void issue_scores(const Consumer<Traits>& self, Fragm
 template <class Traits>
 __device__ __forceinline__ void find_probabilities(const Consumer<Traits>& self,
                                                    Fragments<Traits>& r, const Exponent& exponent,
-                                                   const RowSteps& step, int slot) {
+                                                   int slot) {
   pin(r.s);
   if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
-  if (self.masked(step.row())) mask(r.s, self.sequence, self.position(step.row()));
+  r.masked = self.masked(r.row);
+  if (r.masked) mask(r.s, self.sequence, self.position(r.row), exponent.hidden());
   float p[Traits::kBlockQ / 2];
   probabilities<Traits::kSoftcap>(r.s, p, self.shared.lse[slot] + self.column(), exponent.scale);
   round_operand<typename Traits::Element>(r.p16, p);
@@ -131,14 +138,19 @@ __device__ __forceinline__ void find_probabilities(const Consumer<Traits>& self,
   pin(r.p16);
 }
 
-// dP^T of a step is issued, from -delta on.
+// dP^T of a step starts at -delta. Loads from shared memory wait for products queued before them.
+template <class Traits>
+__device__ __forceinline__ void start_dp(const Consumer<Traits>& self, Fragments<Traits>& r,
+                                         const Ring<Traits::kStagesDO>& dout) {
+  self.shared.dout_full[dout.slot].wait(dout.parity);
+  start(r.dp, self.shared.delta[dout.slot] + self.column());
+  pin(r.dp);
+}
+
 template <class Traits>
 __device__ __forceinline__ void issue_dp(const Consumer<Traits>& self, Fragments<Traits>& r,
                                          const Ring<Traits::kStagesDO>& dout) {
   auto& shared = self.shared;
-  shared.dout_full[dout.slot].wait(dout.parity);
-  start_gradient(r.dp, shared.delta[dout.slot] + self.column());
-  pin(r.dp);
   wgmma_begin();
   if constexpr (Traits::kRoomy) {
     gemm_scores<Traits::kHeadDim>(r.dp, r.v, shared.dout[dout.slot], true);
@@ -148,58 +160,33 @@ __device__ __forceinline__ void issue_dp(const Consumer<Traits>& self, Fragments
   wgmma_commit();
 }
 
-// Adds a step's dQ to the sums in L2, in a fixed order if asked for.
+// dQ goes where the copy engine adds it to the sums in L2 from.
 template <class Traits, int kPending>
 __device__ __forceinline__ void hand_over_dq(const Consumer<Traits>& self, Fragments<Traits>& r,
-                                             const RowSteps& step, uint32_t parity) {
+                                             uint32_t parity) {
   auto& shared = self.shared;
-  const int warpgroup = self.warpgroup;
-  if constexpr (Traits::kStagedDQ) {
-    shared.dq_free[warpgroup].wait(parity ^ 1);
-    wgmma_wait<kPending>();  // dQ is there
-    pin(r.dq);
-    stage_dq(shared.dq[warpgroup], r.dq);
-    fence_async_proxy();
-    self.arrive(shared.dq_full[warpgroup]);
-  } else {
-    const int64_t index = step.head * self.scratch.blocks + self.block0 + step.block;
-    int* turn = self.scratch.turn + index * Traits::kConsumers + warpgroup;
-    float* target =
-        self.scratch.dq +
-        (index * Traits::kConsumers + warpgroup) * (Traits::kColumnsDQ / 2 * kWarpgroup) +
-        threadIdx.x % kWarpgroup * 4;
-    const bool leader = threadIdx.x % kWarpgroup == 0;
-    if (self.p.deterministic) {
-      if (leader)
-        await_turn(turn,
-                   self.tile.template turn<Traits::kBlockKV>(self.p, self.sequence, step.row()));
-      named_sync(kWarpgroupDone + warpgroup, kWarpgroup);
-    }
-    wgmma_wait<kPending>();  // dQ is there
-    pin(r.dq);
-    reduce_dq(target, r.dq);
-    if (self.p.deterministic) {
-      __threadfence();
-      named_sync(kWarpgroupDone + warpgroup, kWarpgroup);
-      if (leader) pass_turn(turn);
-    }
-  }
+  shared.dq_free[self.warpgroup].wait(parity ^ 1);
+  wgmma_wait<kPending>();  // dQ is there
+  pin(r.dq);
+  stage_dq(shared.dq[self.warpgroup], r.dq);
+  fence_async_proxy();
+  self.arrive(shared.dq_full[self.warpgroup]);
 }
 
 // One block of query rows, from P to dQ; and, unless it is the last, S and P of the next.
 template <class Traits, bool kLast>
 __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragments<Traits>& r,
-                                          const Exponent& exponent, RowSteps& step,
-                                          Rings<Traits>& ring, bool first) {
+                                          const Exponent& exponent, Rings<Traits>& ring,
+                                          bool first) {
   constexpr int kNextDP = Traits::kEarlyDP && !kLast ? 1 : 0;  // products of the next step's dP
   auto& shared = self.shared;
   const int slot_q = ring.q.slot;
   const int slot_do = ring.dout.slot;
   const int slot = ring.ds.slot;
-  const bool masked = self.masked(step.row());
   if constexpr (Traits::kEarlyDP) {
     wgmma_wait<0>();  // dP is there, and the dK before it
   } else {
+    start_dp(self, r, ring.dout);
     issue_dp(self, r, ring.dout);
   }
   pin(r.p16);
@@ -210,19 +197,18 @@ __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragment
   pin(r.dp);
   if constexpr (Traits::kRoomy) pin(r.ds16);  // it may change
   if (!first) self.arrive(shared.q_free[(slot_q + Traits::kStagesQ - 1) % Traits::kStagesQ]);
-  if (masked) mask_gradient(r.dp, r.s);
+  if (r.masked) mask_gradient(r.dp, r.s);
   score_gradient(r.dp, r.s);
   round_operand<typename Traits::Element>(r.ds16, r.dp);
 
-  const RowSteps current = step;
-  step.advance();
-  ring.q.advance();
-  ring.dout.advance();
-  ring.ds.advance();
-  if constexpr (!kLast) issue_scores(self, r, ring.q.slot, ring.q.parity);
   const int warp = threadIdx.x / 32 % 4;
   store_fragment(shared_address(shared.ds[slot][self.key + 16 * warp]), 0, r.ds16);
   fence_async_proxy();
+  ring.q.advance();
+  ring.dout.advance();
+  ring.ds.advance();
+  if constexpr (kNextDP == 1) start_dp(self, r, ring.dout);
+  if constexpr (!kLast) issue_scores(self, r, ring.q);
   named_sync(kScoreGradientStored, Consumer<Traits>::kThreads);  // dS of all keys is there
   wgmma_begin();
   gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
@@ -238,22 +224,22 @@ __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragment
     wgmma_wait<2 + kNextDP>();  // S is there, and the dV before it
     pin(r.p16);                 // whose operand may change
     self.arrive(shared.dout_free[slot_do]);
-    find_probabilities(self, r, exponent, step, ring.q.slot);
+    find_probabilities(self, r, exponent, ring.q.slot);
   }
-  hand_over_dq<Traits, 1 + kNextDP>(self, r, current, slot);
+  hand_over_dq<Traits, 1 + kNextDP>(self, r, slot);
 }
 
 template <class Traits>
 __device__ __forceinline__ void consume(typename Traits::Shared& shared, const BackwardParams& p,
                                         const Scratch& scratch, const KeyTile& tile,
-                                        const Sequence& sequence, RowSteps step) {
+                                        const Sequence& sequence, int steps) {
   const Consumer<Traits> self{shared, p, scratch, tile, sequence};
   const Exponent exponent(p);
   Fragments<Traits> r;
   for (int i = 0; i < Traits::kHeadDim / 2; ++i) r.dk[i] = r.dv[i] = 0.0f;
   pin(r.dk);
   pin(r.dv);
-  if (step.valid()) {
+  if (steps > 0) {
     shared.k_full.wait(0);
     Rings<Traits> ring;
     if constexpr (Traits::kRoomy) {
@@ -261,20 +247,22 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
       load_fragment(r.k, shared.k, self.key);
       pin(r.k);
     }
-    issue_scores(self, r, 0, 0);
+    issue_scores(self, r, ring.q);
     shared.v_full.wait(0);
     if constexpr (Traits::kRoomy) {
       load_fragment(r.v, shared.v, self.key);
       pin(r.v);
     }
     wgmma_wait<0>();
-    if constexpr (Traits::kEarlyDP) issue_dp(self, r, ring.dout);
-    find_probabilities(self, r, exponent, step, 0);
-    const int steps = step.count();
-    for (int i = 0; i < steps - 1; ++i) {
-      take_step<Traits, false>(self, r, exponent, step, ring, i == 0);
+    if constexpr (Traits::kEarlyDP) {
+      start_dp(self, r, ring.dout);
+      issue_dp(self, r, ring.dout);
     }
-    take_step<Traits, true>(self, r, exponent, step, ring, steps == 1);
+    find_probabilities(self, r, exponent, 0);
+    for (int i = 0; i < steps - 1; ++i) {
+      take_step<Traits, false>(self, r, exponent, ring, i == 0);
+    }
+    take_step<Traits, true>(self, r, exponent, ring, steps == 1);
     wgmma_wait<0>();
     pin(r.p16);
     pin(r.dk);
@@ -313,12 +301,12 @@ __global__ __launch_bounds__(Traits::kThreads,
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (warp == 0) {
       produce<Traits>(shared, p, maps, scratch, tile, sequence, steps);
-    } else if (Traits::kStagedDQ && warp <= Traits::kConsumers && elect_one()) {
+    } else if (warp <= Traits::kConsumers && elect_one()) {
       add_dq<Traits>(shared, p, scratch, tile, sequence, steps, warp - 1);
     }
   } else {
     grow_registers<Traits::kConsumerRegisters>();
-    consume<Traits>(shared, p, scratch, tile, sequence, steps);
+    consume<Traits>(shared, p, scratch, tile, sequence, steps.count());
   }
 }
 

@@ -36,6 +36,7 @@ struct KeysTraits {
     TileP p[2];
     float lse[kStagesQ][kBlockQ];
     float delta[kStagesDO][kBlockQ];
+    int row[kStagesQ];  // first row of the block in the slot
     Barrier k_full, v_full, landed;
     Barrier q_full[kStagesQ], q_free[kStagesQ];
     Barrier dout_full[kStagesDO], dout_free[kStagesDO];
@@ -67,9 +68,10 @@ struct ForDV {
 
   __device__ __forceinline__ void issue_scores(int slot, uint32_t parity) {
     self.shared.q_full[slot].wait(parity);
+    if constexpr (!Traits::kSoftcap) start(s, self.shared.lse[slot] + self.column());
     pin(s);
     wgmma_begin();
-    gemm_scores<Traits::kHeadDim>(s, self.shared.k, 0, self.shared.q[slot], false);
+    gemm_scores<Traits::kHeadDim>(s, self.shared.k, 0, self.shared.q[slot], !Traits::kSoftcap);
     wgmma_commit();
   }
 
@@ -91,7 +93,8 @@ struct ForDV {
     const uint32_t parity = ring.parity;
     pin(s);
     if constexpr (Traits::kSoftcap) cap_scores(s, exponent);
-    if (self.masked(step.row())) mask(s, self.sequence, self.position(step.row()));
+    if (self.masked(step.row()))
+      mask(s, self.sequence, self.position(step.row()), exponent.hidden());
     float p[kScores];
     probabilities<Traits::kSoftcap>(s, p, shared.lse[slot] + self.column(), exponent.scale);
     hand_over(slot, parity);
@@ -127,7 +130,7 @@ struct ForDK {
 
   __device__ __forceinline__ void issue_scores(int slot, uint32_t parity) {
     self.shared.dout_full[slot].wait(parity);
-    start_gradient(dp, self.shared.delta[slot] + self.column());
+    start(dp, self.shared.delta[slot] + self.column());
     pin(dp);
     wgmma_begin();
     gemm_scores<Traits::kHeadDimV>(dp, self.shared.v, 0, self.shared.dout[slot], true);

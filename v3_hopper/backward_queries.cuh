@@ -109,7 +109,8 @@ struct RowConsumer {
     for (int i = 0; i < 2; ++i) {
       const int at = row() + 8 * i;
       const bool valid = at < sequence.seqlen_q;
-      lse[i] = valid ? scratch.lse[block * kGradientRows + at] : INFINITY;
+      lse[i] = valid ? scratch.lse[block * kGradientRows + at] : -INFINITY;
+      if (!Traits::kSoftcap && valid) lse[i] *= Exponent(p).scale;  // into base 2
       delta[i] = valid ? scratch.delta[block * kGradientRows + at] : 0.0f;
     }
   }
@@ -135,12 +136,12 @@ struct RowConsumer {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         const int column = key + threadIdx.x % 4 * 2 + 8 * (i / 4) + i % 2;
-        if (!sequence.visible(row() + 8 * (i / 2 % 2), column)) s[i] = -INFINITY;
+        if (!sequence.visible(row() + 8 * (i / 2 % 2), column)) s[i] = exponent.hidden();
       }
     }
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      const float x = fast_exp2(s[i] * exponent.scale - lse[i / 2 % 2]);
+      const float x = fast_exp2(s[i] * exponent.scale + lse[i / 2 % 2]);
       s[i] = Traits::kSoftcap ? x * fmaxf(1.0f - s[i] * s[i], 0.0f) : x;
     }
     return masked;

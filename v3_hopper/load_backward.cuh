@@ -109,6 +109,7 @@ __device__ __forceinline__ void produce(typename Traits::Shared& shared, const B
     const Coordinate at{0, int(sequence.row_q) + step.row(), step.head, batch};
     const int64_t stats = (step.head * scratch.blocks + block0 + step.block) * Traits::kBlockQ;
     shared.q_free[q.slot].wait(q.parity ^ 1);
+    if (self.leader) shared.row[q.slot] = step.row();
     self.load(shared.q[q.slot], maps.q, at, shared.q_full[q.slot], Keep::kLastOut, step.row(),
               seen_rows, shared.lse[q.slot], scratch.lse + stats);
     if (first) {

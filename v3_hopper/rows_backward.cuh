@@ -3,6 +3,7 @@
 
 #include "common/ptx.cuh"
 #include "v3_hopper/schedule_backward.cuh"
+#include "v3_hopper/softmax_backward.cuh"
 
 namespace flash::v3 {
 
@@ -13,6 +14,7 @@ struct RowBlock {
   int row, rows;  // first row in the sequence; valid rows, maybe none
   int64_t packed_row;
   int64_t index;  // of the block, all heads counted
+  bool sees_keys;
 
   __device__ __forceinline__ RowBlock(const BackwardParams& p, const Scratch& scratch) {
     const int batch = blockIdx.z;
@@ -20,6 +22,8 @@ struct RowBlock {
     row = blockIdx.x * kGradientRows;
     rows = min(kGradientRows, sequence.seqlen_q - row);
     packed_row = sequence.row_q + row;
+    const Range keys = sequence.keys(row, kGradientRows);
+    sees_keys = keys.begin < keys.end;
     index = blockIdx.y * scratch.blocks + first_block(p, sequence, batch) + blockIdx.x;
   }
   template <class Element>
@@ -44,7 +48,8 @@ __device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// delta = rowsum(dO * O) - dLSE (stored negated), LSE in base 2, and zeros where dQ is summed.
+// delta = rowsum(dO * O) - dLSE, LSE in the unit
+// that scores start with (softcap: base 2), and turns at zero. Both are stored negated.
 template <class Element, int kDim, bool kSumsDQ>
 __global__ __launch_bounds__(kRowThreads) void prepare_rows(
     const __grid_constant__ BackwardParams p, const __grid_constant__ Scratch scratch) {
@@ -64,13 +69,15 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows(
 #pragma unroll
     for (int i = kLanes / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, i);
     if (lane != 0) continue;
-    float lse = INFINITY;
+    // Rows without keys: P is 0 whatever the scores.
+    const float unit = p.softcap > 0.0f ? kLog2E : 1.0f / Exponent::start_scale(p);
+    float lse = -INFINITY * unit;
     float delta = 0.0f;
     if (row < block.rows) {
       const int64_t at = blockIdx.z * p.lse.batch + blockIdx.y * p.lse.head + block.packed_row;
       const float natural = p.lse.data[at + row];
       if (natural != -INFINITY) {
-        lse = natural * 1.4426950408889634f;
+        lse = -natural * unit;
         delta = -sum;
         if (p.dlse.data != nullptr) {
           delta += p.dlse.data[blockIdx.z * p.dlse.batch + blockIdx.y * p.dlse.head +
@@ -81,14 +88,7 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows(
     scratch.lse[block.index * kGradientRows + row] = lse;
     scratch.delta[block.index * kGradientRows + row] = delta;
   }
-  if constexpr (kSumsDQ) {
-    auto* dq = reinterpret_cast<float4*>(scratch.dq + block.index * (kGradientRows * kDim));
-#pragma unroll
-    for (int i = 0; i < kGradientRows * kDim / 4 / kRowThreads; ++i) {
-      dq[i * kRowThreads + threadIdx.x] = float4{0.0f, 0.0f, 0.0f, 0.0f};
-    }
-    if (p.deterministic && threadIdx.x < 2) scratch.turn[block.index * 2 + threadIdx.x] = 0;
-  }
+  if (kSumsDQ && threadIdx.x < 2) scratch.turn[block.index * 2 + threadIdx.x] = 0;
 }
 
 // dQ = scale * its fp32 sums, which lie in the order of the accumulators of two warpgroups.
@@ -105,12 +105,13 @@ __global__ __launch_bounds__(kRowThreads) void round_dq(const __grid_constant__ 
   const auto* dq =
       reinterpret_cast<const float4*>(scratch.dq + block.index * (kGradientRows * kDim) +
                                       threadIdx.x / kWarpgroup * (kGradientRows * kDim / 2));
+  const bool seen = block.sees_keys;  // else nothing was summed
   auto put = [&](int at, float low, float high) {
     *reinterpret_cast<uint32_t*>(rows + at) = pack<Element>(low * p.scale, high * p.scale);
   };
 #pragma unroll
   for (int i = 0; i < kDim / 16; ++i) {
-    const float4 sum = __ldcs(dq + i * kWarpgroup + thread);
+    const float4 sum = seen ? __ldcs(dq + i * kWarpgroup + thread) : float4{};
     put(row * kStride + column + 8 * i, sum.x, sum.y);
     put((row + 8) * kStride + column + 8 * i, sum.z, sum.w);
   }

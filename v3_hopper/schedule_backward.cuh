@@ -10,7 +10,7 @@ namespace flash::v3 {
 // deterministic sums. Rows are padded to whole blocks per sequence.
 struct Scratch {
   float* dq;           // (heads_q, blocks, fragment order of 64 x padded dim)
-  float* lse;          // (heads_q, blocks * 64), base 2, +inf for rows without keys
+  float* lse;          // (heads_q, blocks * 64): -LSE / scale, or -LSE in base 2 with softcap
   float* delta;        // likewise, dLSE - rowsum(dO * O)
   int* turn;           // (heads_q, blocks, 2): contributions so far
   int64_t blocks;      // per head, in all sequences
@@ -63,26 +63,35 @@ struct KeyTile {
 };
 
 // The steps of one CTA: all query heads of its KV head, all blocks of rows that see its keys.
+//
+// Blocks go from the last row to the first, and key tiles are launched from the first key on: then
+// the key tile that is first to add to some rows of dQ is also among the first to arrive there.
 struct RowSteps {
-  int head, block;           // of this step
-  int first, last, heads_q;  // blocks [first, last) of each head; heads left, this one included
+  int head, block;  // of this step
+  int direction;    // +1 or -1
+  int first, end;   // blocks of each head, in that direction
+  int heads;        // left, this one included
 
   __device__ __forceinline__ RowSteps(const BackwardParams& p, const KeyTile& tile, Range rows) {
     const int group = p.heads_q / p.heads_kv;
-    first = rows.begin / kGradientRows;
-    last = rows.end > rows.begin ? int(blocks_of(rows.end)) : first;
+    const int begin = rows.begin / kGradientRows;
+    const int last = rows.end > rows.begin ? int(blocks_of(rows.end)) - 1 : begin - 1;
+    direction = KeyTile::last_first(p) ? 1 : -1;
+    first = direction > 0 ? begin : last;
+    end = (direction > 0 ? last : begin) + direction;
     head = tile.head_kv * group;
     block = first;
-    heads_q = last > first ? group : 0;
+    heads = last >= begin ? group : 0;
   }
-  __device__ __forceinline__ bool valid() const { return heads_q > 0; }
-  __device__ __forceinline__ int count() const { return heads_q * (last - first); }
+  __device__ __forceinline__ bool valid() const { return heads > 0; }
+  __device__ __forceinline__ int count() const { return heads * (end - first) * direction; }
   __device__ __forceinline__ int row() const { return block * kGradientRows; }
   __device__ __forceinline__ void advance() {
-    if (++block < last) return;
+    block += direction;
+    if (block != end) return;
     block = first;
     ++head;
-    --heads_q;
+    --heads;
   }
 };
 

@@ -9,14 +9,25 @@ namespace flash::v3 {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 
-// What turns scores into probabilities: P = exp2(S * scale - LSE), or with tanh in between.
+// What turns scores into probabilities. The product of Q and K starts at -LSE / scale, so that
+// P = exp2(S * scale); with softcap it starts at 0, and P = exp2(tanh(S * inner) * scale - LSE).
 struct Exponent {
-  float scale;  // of S, into base 2; with softcap: of tanh, into base 2
-  float inner;  // softcap only: of S, into the argument of 2^x inside tanh
+  float scale;
+  float inner = 0.0f;  // 2 log2(e) / softcap, for tanh by 2^x
 
-  __device__ __forceinline__ explicit Exponent(const Problem& p)
-      : scale((p.softcap > 0.0f ? p.softcap : p.scale) * kLog2E),
-        inner(p.softcap > 0.0f ? 2.0f * kLog2E * p.scale / p.softcap : 0.0f) {}
+  __device__ __forceinline__ explicit Exponent(const Problem& p) : scale(start_scale(p) * kLog2E) {
+    if (p.softcap <= 0.0f) return;
+    scale = p.softcap * kLog2E;
+    inner = 2.0f * kLog2E * p.scale / p.softcap;
+  }
+
+  // What a score becomes that must not count, either sign of the scale.
+  __device__ __forceinline__ float hidden() const { return copysignf(INFINITY, -scale); }
+
+  // The scale, kept away from 0 so that LSE / scale is finite; P is the same.
+  __device__ __forceinline__ static float start_scale(const Problem& p) {
+    return copysignf(fmaxf(fabsf(p.scale), 1e-30f), p.scale);
+  }
 };
 
 // tanh(x) of 2^(2 x log2 e): exact to fp32 in absolute terms, safe for any argument.
@@ -30,13 +41,14 @@ struct Position {
   int key, row;
 };
 
-// S -> -inf where the row does not see the key. Only boundary blocks come here.
+// S -> hidden where the row does not see the key. Only boundary blocks come here.
 template <int N>
-__device__ __forceinline__ void mask(float (&s)[N], const Sequence& sequence, Position at) {
+__device__ __forceinline__ void mask(float (&s)[N], const Sequence& sequence, Position at,
+                                     float hidden) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int key = at.key + 8 * (i / 2 % 2);
-    if (!sequence.visible(at.row + 8 * (i / 4) + i % 2, key)) s[i] = -INFINITY;
+    if (!sequence.visible(at.row + 8 * (i / 4) + i % 2, key)) s[i] = hidden;
   }
 }
 
@@ -62,10 +74,11 @@ __device__ __forceinline__ void probabilities(float (&s)[N], float (&p)[N], cons
                                               float scale) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
-    const float2 shift = *reinterpret_cast<const float2*>(lse + 2 * i);
+    float2 shift = {0.0f, 0.0f};
+    if constexpr (kSoftcap) shift = *reinterpret_cast<const float2*>(lse + 2 * i);
 #pragma unroll
     for (int j = i; j < i + 4; ++j) {
-      p[j] = fast_exp2(s[j] * scale - (j % 2 == 0 ? shift.x : shift.y));
+      p[j] = fast_exp2(s[j] * scale + (j % 2 == 0 ? shift.x : shift.y));
       s[j] = kSoftcap ? p[j] * fmaxf(1.0f - s[j] * s[j], 0.0f) : p[j];
     }
   }
@@ -78,14 +91,14 @@ __device__ __forceinline__ void round_operand(uint32_t (&r)[N / 2], const float 
   for (int i = 0; i < N; i += 2) r[i / 2] = pack<Element>(x[i], x[i + 1]);
 }
 
-// dP starts at -delta, so that the product leaves dP - delta.
+// A product starts at the negated statistic of its rows: S at -LSE / scale, dP at -delta.
 template <int N>
-__device__ __forceinline__ void start_gradient(float (&dp)[N], const float* delta) {
+__device__ __forceinline__ void start(float (&d)[N], const float* statistic) {
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
-    const float2 shift = *reinterpret_cast<const float2*>(delta + 2 * i);
-    dp[i] = dp[i + 2] = shift.x;
-    dp[i + 1] = dp[i + 3] = shift.y;
+    const float2 shift = *reinterpret_cast<const float2*>(statistic + 2 * i);
+    d[i] = d[i + 2] = shift.x;
+    d[i + 1] = d[i + 3] = shift.y;
   }
 }
 

@@ -30,6 +30,13 @@ __device__ __forceinline__ void store_fragment(uint32_t rows, int chunk_bytes,
 
 // --- dQ ---
 
+// Writes contiguous bytes from shared to global memory.
+__device__ __forceinline__ void store_bulk(void* global, const void* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+
 // Puts a warpgroup's part of a dQ block where the copy engine can add it from.
 template <int N>
 __device__ __forceinline__ void stage_dq(float* staged, const float (&dq)[N]) {
@@ -41,24 +48,13 @@ __device__ __forceinline__ void stage_dq(float* staged, const float (&dq)[N]) {
   }
 }
 
-// Adds a warpgroup's part of a dQ block in L2; `target` is this thread's place in it.
-template <int N>
-__device__ __forceinline__ void reduce_dq(float* target, const float (&dq)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i += 4) {
-    asm volatile(
-        "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + i * kWarpgroup),
-        "f"(dq[i]), "f"(dq[i + 1]), "f"(dq[i + 2]), "f"(dq[i + 3])
-        : "memory");
-  }
-}
-
-// Deterministic sums: returns when it is this key tile's turn.
-__device__ __forceinline__ void await_turn(const int* turn, int mine) {
+// Returns when at least this many key tiles have passed their turn.
+__device__ __forceinline__ void await_turn(const int* turn, int passed) {
   int now;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-  } while (now != mine);
+  } while (now < passed);
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 // This thread's adds are done, in memory: the next key tile may add.
@@ -67,7 +63,9 @@ __device__ __forceinline__ void pass_turn(int* turn) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
 
-// One thread per consumer warpgroup adds what that warpgroup stages to the sums in L2.
+// One thread per consumer warpgroup adds what that warpgroup stages to the sums in L2. The first
+// key tile of a block stores, so sums need no zeros beforehand; deterministic sums keep the order
+// of all.
 template <class Traits>
 __device__ __forceinline__ void add_dq(typename Traits::Shared& shared, const BackwardParams& p,
                                        const Scratch& scratch, const KeyTile& tile,
@@ -78,15 +76,18 @@ __device__ __forceinline__ void add_dq(typename Traits::Shared& shared, const Ba
     const int64_t index = step.head * scratch.blocks + block0 + step.block;
     int* turn = scratch.turn + index * Traits::kConsumers + warpgroup;
     float* target = scratch.dq + (index * Traits::kConsumers + warpgroup) * (kBytes / 4);
+    const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
+    if (mine > 0) await_turn(turn, p.deterministic ? mine : 1);
     shared.dq_full[warpgroup].wait(parity);
-    if (p.deterministic) {
-      await_turn(turn, tile.template turn<Traits::kBlockKV>(p, sequence, step.row()));
+    if (mine == 0) {
+      store_bulk(target, shared.dq[warpgroup], kBytes);
+    } else {
+      add_bulk(target, shared.dq[warpgroup], kBytes);
     }
-    add_bulk(target, shared.dq[warpgroup], kBytes);
     commit_stores();
     wait_stores_read<0>();
     shared.dq_free[warpgroup].arrive();
-    if (p.deterministic) pass_turn(turn);
+    if (mine == 0 || p.deterministic) pass_turn(turn);
   }
 }
 

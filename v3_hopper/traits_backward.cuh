@@ -39,10 +39,6 @@ struct BackwardTraits {
   // Narrow heads leave registers for K, V and dS as operands, and for dP beside dQ.
   static constexpr bool kRoomy = kHeadDim <= 64;
   static constexpr bool kEarlyDP = kRoomy;
-#ifndef STAGED
-#define STAGED 1
-#endif
-  static constexpr bool kStagedDQ = STAGED;
   static constexpr int kColumnsDQ = kPaddedDim / kConsumers;  // of dQ, per warpgroup
 
   using TileKV = Element[kChunks][kBlockKV][kChunkColumns];
@@ -55,6 +51,7 @@ struct BackwardTraits {
     TileDS ds[2];                                // one is read while one is written
     float lse[kStagesQ][kBlockQ];
     float delta[kStagesDO][kBlockQ];
+    int row[kStagesQ];  // first row of the block in the slot
     Barrier k_full, v_full, landed;
     Barrier q_full[kStagesQ], q_free[kStagesQ];
     Barrier dout_full[kStagesDO], dout_free[kStagesDO];
