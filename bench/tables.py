@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.digest import ROOT
+from bench.digest import ROOT, instances
 
 ORDER = ("v1", "v2", "v3", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 OVERVIEW_SEQLEN = 8192
+SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "e4m3"}
 Row = dict[str, Any]
 
 
@@ -36,7 +37,8 @@ def support() -> str:
             continue
         for row in table.rows:
             dims = [", ".join(_dims(row.dims(way))) or "–" for way in ("forward", "backward")]
-            rows.append((f"`{name}`", row.where(), ", ".join(row.dtypes), *dims))
+            where = row.where() if _built(name, row.dtypes) else "no kernel yet: schedule only"
+            rows.append((f"`{name}`", where, ", ".join(row.dtypes), *dims))
     columns = ("backend", "compute capability", "dtypes", "head dims forward", "backward")
     features = [
         f"- `{name}`: {', '.join(table.features)}" for name, table in flash.capabilities().items()
@@ -46,6 +48,12 @@ def support() -> str:
         "`torch` and `reference` take every dtype and head dim on every device."
     )
     return "\n".join([markdown(columns, rows), "", note, "", *features])
+
+
+def _built(version: str, dtypes: Sequence[str]) -> bool:
+    """Does the build list a kernel of any of these dtypes?"""
+    listed = {i.split(":")[0] for names in instances(version).values() for i in names}
+    return any(SHORT[dtype] in listed for dtype in dtypes)
 
 
 def _dims(pairs: Iterable[tuple[int, int]]) -> list[str]:
