@@ -23,23 +23,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   load_q(smem, p, tile);
   for (int s = 0; s < Traits::kStages - 1; ++s) load_kv(smem, p, tile, tile.blocks.begin + s);
 
+  bool poisoned = false;
   for (int j = tile.blocks.begin; j < tile.blocks.end; ++j) {
-    const bool poisoned = wait_kv(smem, tile, j);
-    load_kv(smem, p, tile, j + Traits::kStages - 1);
-    if (j == tile.blocks.begin) Q.keep();
-    if (!tile.warp_blocks.holds(j) && !poisoned) continue;
+    const bool edge = !tile.clean.holds(j);  // some row does not see some key
+    poisoned |= wait_kv(smem, j, edge);
+    KeyValueCopy<Traits> later(smem, p, tile, j + Traits::kStages - 1);
+    if (__builtin_expect(edge, false) && tile.warp_sees_none(j)) {
+      later.issue(0, 1);
+      continue;
+    }
 
     // --- one block: S = Q K^T, P = softmax(S), O = O + P V
-    gemm_qk(S, Q, smem, j);
+    gemm_qk(S, Q, smem, j, later);
     cap<Traits>(S, p);
-    if (!tile.warp_clean.holds(j)) mask(S, tile, j);
+    if (__builtin_expect(edge, false)) mask(S, tile, j);
     softmax.update(S);
     softmax.rescale(O);
-    if (poisoned) quarantine(O, smem, tile, j);
     gemm_pv(O, S, softmax, smem, j);
   }
 
   softmax.normalize(O);  // divides by the sum once
+  if (poisoned) restore_non_finite(O, p, tile);
   store_state(O, softmax, smem, p, tile);
 }
 

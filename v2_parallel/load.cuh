@@ -26,59 +26,57 @@ struct CopyMap {
   }
 };
 
-// The same copy, eight elements one by one, for rows that are not 16-byte aligned.
-template <int kRows, class Map, class Element>
-__device__ __forceinline__ void load_unaligned(const Map& map, uint32_t target,
-                                               const Element* source, int64_t stride, int rows,
-                                               int dim) {
-#pragma unroll 1
-  for (int row = 0; row < kRows; row += Map::kRowsPerPass, source += Map::kRowsPerPass * stride) {
-#pragma unroll 1
-    for (int chunk = 0; chunk < Map::kChunks; chunk += Map::kLanesPerRow) {
-      uint32_t words[4] = {};
-      if (row < rows && chunk * 8 < dim) {
-        const auto* halves = reinterpret_cast<const uint16_t*>(source + chunk * 8);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
-      }
-      store_shared_16(target + Map::distance(row, chunk), words);
-    }
-  }
-}
-
-// This thread's chunks of a block of `rows` rows with `dim` elements, the first at `source`. What
-// is missing to a full block becomes zeros, so that no stray NaN is ever multiplied.
+// The copy of one block, one chunk of each thread at a time: kRows rows of kDim elements, of which
+// `rows` and `dim` exist. The rest becomes zeros, so that no stray NaN is ever multiplied.
 template <class Traits, int kRows, int kDim>
-__device__ __forceinline__ void load_rows(uint32_t target, const typename Traits::Element* source,
-                                          int64_t stride, int rows, int dim) {
+struct BlockCopy {
   using Map = CopyMap<kDim, Traits::kThreads>;
+  using Element = typename Traits::Element;
   static_assert(kRows % Map::kRowsPerPass == 0, "every pass is full");
-  auto copy = [&](auto in_range) {
-#pragma unroll
-    for (int row = 0; row < kRows; row += Map::kRowsPerPass, source += Map::kRowsPerPass * stride) {
-#pragma unroll
-      for (int chunk = 0; chunk < Map::kChunks; chunk += Map::kLanesPerRow) {
-        cp_async_16(target + Map::distance(row, chunk), source + chunk * 8, in_range(row, chunk));
+  static constexpr int kPerRow = Map::kChunks / Map::kLanesPerRow;
+  static constexpr int kChunks = kRows / Map::kRowsPerPass * kPerRow;
+
+  uint32_t target;
+  const Element* source;
+  int64_t stride;
+  int rows, dim;
+
+  __device__ __forceinline__ BlockCopy(uint32_t block, const Element* first, int64_t stride,
+                                       int rows, int dim)
+      : stride(stride) {
+    const Map map;
+    target = block + map.offset;
+    source = first + map.row * stride + map.chunk * 8;
+    this->rows = rows - map.row;
+    this->dim = dim - map.chunk * 8;
+  }
+
+  // Starts the copy of chunk i; in order, from 0.
+  __device__ __forceinline__ void issue(int i) {
+    const int row = i / kPerRow * Map::kRowsPerPass, chunk = i % kPerRow * Map::kLanesPerRow;
+    if (row > 0 && chunk == 0) source += Map::kRowsPerPass * stride;
+    const bool in_range = row < rows && chunk * 8 < dim;
+    if constexpr (Traits::kFeatured) {
+      if (reinterpret_cast<uint64_t>(source) % 16 != 0) {
+        return copy_unaligned(target + Map::distance(row, chunk), source + chunk * 8, in_range);
       }
     }
-  };
-  const Map map;
-  target += map.offset;
-  source += map.row * stride + map.chunk * 8;
-  if constexpr (Traits::kFeatured) {
-    if (reinterpret_cast<uint64_t>(source) % 16 != 0 || stride % 8 != 0) {
-      return load_unaligned<kRows>(map, target, source, stride, rows - map.row,
-                                   dim - map.chunk * 8);
+    cp_async_16(target + Map::distance(row, chunk), source + chunk * 8, in_range);
+  }
+
+ private:
+  // Eight elements one by one, from a row that is not 16-byte aligned.
+  static __device__ __forceinline__ void copy_unaligned(uint32_t target, const Element* source,
+                                                        bool in_range) {
+    uint32_t words[4] = {};
+    if (in_range) {
+      const auto* halves = reinterpret_cast<const uint16_t*>(source);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
     }
+    store_shared_16(target, words);
   }
-  if (rows >= kRows && dim == kDim) {
-    copy([](int, int) { return true; });
-  } else {
-    rows -= map.row;
-    dim -= map.chunk * 8;
-    copy([&](int row, int chunk) { return row < rows && chunk * 8 < dim; });
-  }
-}
+};
 
 template <class Traits>
 __device__ __forceinline__ void load_q(const Shared<Traits>& smem, const ForwardParams& p,
@@ -87,29 +85,56 @@ __device__ __forceinline__ void load_q(const Shared<Traits>& smem, const Forward
   const auto* gQ = static_cast<const typename Traits::Element*>(p.q.data) + tile.batch * p.q.batch +
                    tile.head * p.q.head +
                    (tile.sequence.row_q + tile.row) * p.q.row;  // (kBlockQ, kHeadDim)
-  load_rows<Traits, Traits::kBlockQ, Traits::kHeadDim>(
-      smem.q, gQ, p.q.row, tile.sequence.seqlen_q - tile.row, p.head_dim);
+  using Copy = BlockCopy<Traits, Traits::kBlockQ, Traits::kHeadDim>;
+  Copy copy(smem.q, gQ, p.q.row, tile.sequence.seqlen_q - tile.row, p.head_dim);
+#pragma unroll
+  for (int i = 0; i < Copy::kChunks; ++i) copy.issue(i);
 }
 
-// Starts the copy of block j, if there is one, and closes its group.
+// The copy of K_j and V_j. Past the last block it only writes zeros.
+template <class Traits>
+struct KeyValueCopy {
+  using Element = typename Traits::Element;
+  using CopyK = BlockCopy<Traits, Traits::kBlockKV, Traits::kHeadDim>;
+  using CopyV = BlockCopy<Traits, Traits::kBlockKV, Traits::kHeadDimV>;
+  static constexpr int kChunks = CopyK::kChunks + CopyV::kChunks;
+  CopyK k;
+  CopyV v;
+
+  __device__ __forceinline__ KeyValueCopy(const Shared<Traits>& smem, const ForwardParams& p,
+                                          const Tile<Traits>& tile, int j)
+      : k(smem.k(j), head(p.k, tile, j), p.k.row, keys(tile, j), p.head_dim),
+        v(smem.v(j), head(p.v, tile, j), p.v.row, keys(tile, j), p.head_dim_v) {}
+
+  // Starts part `now` of `parts`; the last one closes the group.
+  __device__ __forceinline__ void issue(int now, int parts) {
+#pragma unroll
+    for (int i = now * kChunks / parts; i < (now + 1) * kChunks / parts; ++i) {
+      if (i < CopyK::kChunks) {
+        k.issue(i);
+      } else {
+        v.issue(i - CopyK::kChunks);
+      }
+    }
+    if (now + 1 == parts) cp_async_commit();
+  }
+
+ private:
+  // Keys past the last one that the Q block sees are not read.
+  static __device__ __forceinline__ int keys(const Tile<Traits>& tile, int j) {
+    return tile.last_key - j * Traits::kBlockKV;
+  }
+  static __device__ __forceinline__ const Element* head(const View& view, const Tile<Traits>& tile,
+                                                        int j) {
+    return static_cast<const Element*>(view.data) + tile.batch * view.batch +
+           tile.head_kv * view.head + (tile.sequence.row_k + j * Traits::kBlockKV) * view.row;
+  }
+};
+
 template <class Traits>
 __device__ __forceinline__ void load_kv(const Shared<Traits>& smem, const ForwardParams& p,
                                         const Tile<Traits>& tile, int j) {
-  using Element = typename Traits::Element;
-  if (j < tile.blocks.end) {
-    const int key = j * Traits::kBlockKV;
-    const int keys = tile.last_key - key;  // those past the last visible one are not read
-    const auto* gK = static_cast<const Element*>(p.k.data) + tile.batch * p.k.batch +
-                     tile.head_kv * p.k.head +
-                     (tile.sequence.row_k + key) * p.k.row;  // (kBlockKV, kHeadDim)
-    const auto* gV = static_cast<const Element*>(p.v.data) + tile.batch * p.v.batch +
-                     tile.head_kv * p.v.head +
-                     (tile.sequence.row_k + key) * p.v.row;  // (kBlockKV, kHeadDimV)
-    load_rows<Traits, Traits::kBlockKV, Traits::kHeadDim>(smem.k(j), gK, p.k.row, keys, p.head_dim);
-    load_rows<Traits, Traits::kBlockKV, Traits::kHeadDimV>(smem.v(j), gV, p.v.row, keys,
-                                                           p.head_dim_v);
-  }
-  cp_async_commit();
+  KeyValueCopy<Traits>(smem, p, tile, j).issue(0, 1);
 }
 
 // Calls visit(address) for each chunk of V_j that this thread has copied.
@@ -157,15 +182,20 @@ __device__ __forceinline__ void clear_non_finite(const Shared<Traits>& smem, int
 }
 
 // Waits for block j. Afterwards K_j, V_j (and Q) are visible to every warp, and no warp reads
-// block j - 1 any more: its stage may be filled again. True when some rows must not see all of
-// V_j and it holds NaN or infinity, which 0 * V_j would spread.
+// block j - 1 any more: its stage may be filled again. On an edge, where some rows must not see
+// some keys, NaN and infinities in V_j become zeros, for 0 * V_j would spread them to those rows;
+// the result says whether there were any.
 template <class Traits>
-__device__ __forceinline__ bool wait_kv(const Shared<Traits>& smem, const Tile<Traits>& tile,
-                                        int j) {
+__device__ __forceinline__ bool wait_kv(const Shared<Traits>& smem, int j, bool edge) {
   cp_async_wait<Traits::kStages - 2>();
-  if (!tile.clean.holds(j)) return __syncthreads_or(holds_non_finite(smem, j));
-  __syncthreads();
-  return false;
+  if (__builtin_expect(!edge, true)) {
+    __syncthreads();
+    return false;
+  }
+  if (!__syncthreads_or(holds_non_finite(smem, j))) return false;
+  clear_non_finite(smem, j);
+  __syncthreads();  // V_j is finite for every warp
+  return true;
 }
 
 }  // namespace flash::v2

@@ -73,13 +73,11 @@ struct Tile {
 
   int batch, head, head_kv;
   Sequence sequence;
-  int row;            // first row of the Q block
-  int warp_row;       // first row of this warp's team
-  int last_key;       // one past the last key that any row of the Q block sees
-  Range blocks;       // K/V blocks that any row of the Q block sees
-  Range clean;        // those that every row sees as a whole
-  Range warp_blocks;  // the same for the rows of this warp
-  Range warp_clean;
+  int row;       // first row of the Q block
+  int warp_row;  // first row of this warp's team
+  int last_key;  // one past the last key that any row of the Q block sees
+  Range blocks;  // K/V blocks that any row of the Q block sees
+  Range clean;   // those that every row sees as a whole
 
   __device__ __forceinline__ Tile(const ForwardParams& p, const Grid& grid)
       : Tile(p, grid.place(blockIdx.x)) {}
@@ -93,11 +91,15 @@ struct Tile {
         warp_row(row + Team<Traits>().first_row),
         last_key(sequence.keys(row, Traits::kBlockQ).end),
         blocks(touched(row, Traits::kBlockQ)),
-        clean(filled(row, Traits::kBlockQ)),
-        warp_blocks(touched(warp_row, Traits::kRowsPerWarp)),
-        warp_clean(filled(warp_row, Traits::kRowsPerWarp)) {}
+        clean(filled(row, Traits::kBlockQ)) {}
 
   __device__ __forceinline__ bool empty() const { return row >= sequence.seqlen_q; }
+  __device__ __forceinline__ bool warp_sees_none(int j) const {
+    return !touched(warp_row, Traits::kRowsPerWarp).holds(j);
+  }
+  __device__ __forceinline__ bool warp_sees_all(int j) const {
+    return filled(warp_row, Traits::kRowsPerWarp).holds(j);
+  }
 
  private:
   // Blocks of which some, or all, of the rows see some, or all, keys.

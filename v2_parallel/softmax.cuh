@@ -29,9 +29,10 @@ __device__ __forceinline__ void cap(typename Traits::Scores& S, const ForwardPar
   }
 }
 
-// Scores outside the mask become -inf. Call for blocks that are not visible as a whole.
+// Scores outside the mask become -inf.
 template <class Traits>
 __device__ __forceinline__ void mask(typename Traits::Scores& S, const Tile<Traits>& tile, int j) {
+  if (tile.warp_sees_all(j)) return;
   const Sequence& sequence = tile.sequence;
   const int lane = threadIdx.x % 32;
   const int lane_key =
@@ -98,7 +99,7 @@ struct Softmax {
       }
     }
     moved = team.any(outgrown);
-    if (!moved) return;
+    if (__builtin_expect(!moved, true)) return;
 #pragma unroll
     for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
@@ -119,7 +120,7 @@ struct Softmax {
 
   // O follows the reference.
   __device__ __forceinline__ void rescale(typename Traits::Output& O) const {
-    if (moved) multiply(O, factor);
+    if (__builtin_expect(moved, false)) multiply(O, factor);
   }
 
   // P = exp(S - reference) of one row and two neighbouring keys, added to the sum of the row and

@@ -7,6 +7,36 @@
 
 namespace flash::v2 {
 
+// NaN and infinities that wait_kv took out of V, added to the rows that do see their keys.
+template <class Traits>
+__device__ __forceinline__ void restore_non_finite(typename Traits::Output& O,
+                                                   const ForwardParams& p,
+                                                   const Tile<Traits>& tile) {
+  using Element = typename Traits::Element;
+  const Team<Traits> team;
+  const int lane = threadIdx.x % 32;
+  const auto* gV = static_cast<const uint16_t*>(p.v.data) + tile.batch * p.v.batch +
+                   tile.head_kv * p.v.head + tile.sequence.row_k * p.v.row;  // (seqlen_k, dim)
+#pragma unroll 1
+  for (int key = tile.blocks.begin * Traits::kBlockKV; key < tile.last_key; ++key) {
+    if (tile.clean.holds(key / Traits::kBlockKV)) continue;
+#pragma unroll
+    for (int n = 0; n < Traits::kTilesV; ++n) {
+      const int column = team.column_tile(n) * 8 + lane % 4 * 2;
+      if (column >= p.head_dim_v) continue;
+      const uint16_t* pair = gV + key * p.v.row + column;
+#pragma unroll
+      for (int e = 0; e < 4 * Traits::kTilesQ; ++e) {
+        const uint32_t value = pair[e % 2];
+        const int row = tile.warp_row + e / 2 * 8 + lane / 4;
+        if (any_non_finite<Element>(value) && tile.sequence.visible(row, key)) {
+          O[e / 4][n][e % 4] += unpack<Element>(value).x;
+        }
+      }
+    }
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void store_lse(const Softmax<Traits>& softmax, const ForwardParams& p,
                                           const Tile<Traits>& tile) {

@@ -24,10 +24,15 @@ struct ForwardTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowsPerWarp = 32;
   static constexpr int kBlockQ = kWarps / kTeam * kRowsPerWarp;
-  static constexpr int kBlockKV = kFeatured && kHeadDim > 64 ? 32 : 64;
+  static constexpr int kBlockKV = kFeatured        ? (kHeadDim <= 64 ? 64 : 32)
+                                  : kHeadDim <= 64 ? 128
+                                                   : 64;
   static constexpr int kStages = 2;             // blocks of K and V in the ring
   static constexpr int kCtasPerSm = 2 / kTeam;  // 8 warps: all registers, 255 each
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
+  // Measured on one H200 (README): how many products ahead fragments are fetched, and over how many
+  // products of S the copy of the next block is spread.
+  static constexpr int kAhead = kTeam == 1 && kHeadDim > 64 ? 1 : 2;
+  static constexpr int kCopyParts = kTeam == 1 && kHeadDim > 64 ? kHeadDim / 16 * kBlockKV / 16 : 1;
 
   using QueryRows = SwizzledRows<kHeadDim>;
   using KeyRows = SwizzledRows<kHeadDim>;
