@@ -16,7 +16,7 @@ namespace flash::v3 {
 // Announces tile after tile; those whose rows see no key are finished here.
 template <class Traits>
 __device__ __forceinline__ void announce(const Arguments& args, typename Traits::Shared& shared) {
-  Schedule<Traits> schedule(args);
+  Schedule<Traits> schedule(args, shared.walk);
   Ring<Traits::kWorkSlots> slot;
   for (;;) {
     const Tile tile = schedule.next();
@@ -106,7 +106,7 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
     const RowState finished = state;
     if (opens_tile) state = kNoRows;
     const bool risen = update<Traits>(rS, state, correction, scale);
-    exponentials<Traits, 0, 4>(rS, state, scale);
+    exponentials<Traits>(rS, state, scale);
     pin(rS);
     if (!next.last()) pipe.wait_k();  // and no exponential sinks below the wait for O
     wgmma_wait<0>();                  // O is there, P and V are free
@@ -117,7 +117,6 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
     } else if (risen) {
       rescale<Traits>(rO, correction);
     }
-    exponentials<Traits, 4, 8>(rS, state, scale);
     pack<Traits>(rP, rS);
   };
 
@@ -130,7 +129,7 @@ __device__ __forceinline__ void consume(const Arguments& args, typename Traits::
   pipe.release_k();
   mask_boundary();
   update<Traits>(rS, state, correction, scale);
-  exponentials<Traits, 0, 8>(rS, state, scale);
+  exponentials<Traits>(rS, state, scale);
   pack<Traits>(rP, rS);
   for (;;) {
     const Work& work = *next.work;

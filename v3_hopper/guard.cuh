@@ -25,36 +25,41 @@ __device__ __forceinline__ uint32_t keep_finite(uint32_t pair) {
 }
 
 // One guard warp looks through its share of a V tile: rows behind the last key become zero, NaN and
-// Inf too. Returns whether any was found.
+// Inf too. Returns whether any was found. The first pass only looks, which is all that most need.
 template <class Traits>
 __device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, int guard) {
   using Element = typename Traits::Element;
   constexpr int kRowVectors = kChunkBytes / 16, kBatch = 8;
   constexpr int kVectors = Traits::kBytesV / 16, kStep = kGuardWarps * kWarp;
   auto* vectors = reinterpret_cast<uint4*>(tile);
-  uint32_t folded = 0;
   const int first = guard * kWarp + threadIdx.x % kWarp;
+  uint4 folded = {0, 0, 0, 0};
+#pragma unroll 1
   for (int batch = first; batch < kVectors; batch += kBatch * kStep) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int at = batch + i * kStep;
-      if (at >= kVectors || at / kRowVectors % Traits::kBlockKV >= keys) continue;
-      const uint4 x = vectors[at];
-      folded = fold_not_finite<Element>(x.x, fold_not_finite<Element>(x.y, folded));
-      folded = fold_not_finite<Element>(x.z, fold_not_finite<Element>(x.w, folded));
+      if (kVectors % (kBatch * kStep) != 0 && batch + i * kStep >= kVectors) break;
+      const uint4 x = vectors[batch + i * kStep];
+      folded.x = fold_not_finite<Element>(x.x, folded.x);
+      folded.y = fold_not_finite<Element>(x.y, folded.y);
+      folded.z = fold_not_finite<Element>(x.z, folded.z);
+      folded.w = fold_not_finite<Element>(x.w, folded.w);
     }
   }
-  const bool found = __any_sync(~0u, (folded & 0x7fff7fffu) != 0);
-  if (!found && keys >= Traits::kBlockKV) return false;
+  const uint32_t any = (folded.x | folded.y | folded.z | folded.w) & 0x7fff7fffu;
+  if (!__any_sync(~0u, any != 0) && keys >= Traits::kBlockKV) return false;
+  bool found = false;
+#pragma unroll 1
   for (int at = first; at < kVectors; at += kStep) {
-    const bool behind = at / kRowVectors % Traits::kBlockKV >= keys;
     const uint4 x = vectors[at];
-    using E = Element;
-    vectors[at] = behind ? uint4{0, 0, 0, 0}
-                         : uint4{keep_finite<E>(x.x), keep_finite<E>(x.y), keep_finite<E>(x.z),
-                                 keep_finite<E>(x.w)};
+    const uint4 kept = {keep_finite<Element>(x.x), keep_finite<Element>(x.y),
+                        keep_finite<Element>(x.z), keep_finite<Element>(x.w)};
+    const bool behind = at / kRowVectors % Traits::kBlockKV >= keys;
+    const bool same = kept.x == x.x && kept.y == x.y && kept.z == x.z && kept.w == x.w;
+    found |= !behind && !same;
+    vectors[at] = behind ? uint4{0, 0, 0, 0} : kept;
   }
-  return found;
+  return __any_sync(~0u, found);
 }
 
 // The life of a guard: of every block that needs one, wait until it has landed, clean, hand over.

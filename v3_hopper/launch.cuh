@@ -23,17 +23,15 @@ int64_t count_tiles(const Problem& p) {
   return p.heads_q * (dense < packed ? dense : packed);
 }
 
+// Full masks: one KV head after the other, so that its K and V are read from L2. Masks that make
+// tiles uneven: a quarter as many heads as multiprocessors side by side; then four CTAs share each
+// K/V, and a section is whole rounds of the grid, which alternating directions level out.
 template <class Traits>
 ScheduleParams make_schedule(const Problem& p) {
-  constexpr int64_t kSectionBytes = 24 << 20;  // K and V of the heads in work, about half of L2
   const int group = p.heads_q / p.heads_kv;
-  const int64_t head_bytes =
-      int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * int64_t(sizeof(typename Traits::Element));
+  const int heads_kv = multiprocessors() / 4 / group;
   const bool uneven = p.window_right != kUnlimited;
-  const int64_t fits = uneven && head_bytes > 0 ? kSectionBytes / head_bytes : 1;
-  const int64_t heads = int64_t(p.batch) * p.heads_kv;
-  const int64_t width = fits < 1 ? 1 : fits > heads ? heads : fits;
-  return {ceil_div(p.seqlen_q, Traits::kBlockQ), int(width) * group};
+  return {ceil_div(p.seqlen_q, Traits::kBlockQ), uneven && heads_kv > 1 ? heads_kv * group : group};
 }
 
 // Rows of a tensor in memory, and how many batches of them.

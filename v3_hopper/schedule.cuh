@@ -51,7 +51,7 @@ __device__ __forceinline__ void describe(Work& work, const ForwardParams& p, con
   if (tile.head < 0) return;
   work.sequence = Sequence(p, tile.sequence);
   work.batch = p.cu_seqlens_q ? 0 : tile.sequence;
-  work.head_kv = tile.head / (p.heads_q / p.heads_kv);
+  work.head_kv = unsigned(tile.head) / (unsigned(p.heads_q) / unsigned(p.heads_kv));
   work.poisoned = 0;
 }
 
@@ -60,7 +60,10 @@ __device__ __forceinline__ void describe(Work& work, const ForwardParams& p, con
 template <class Traits>
 class Schedule {
  public:
-  __device__ __forceinline__ explicit Schedule(const Arguments& args) : args_(args) {}
+  __device__ __forceinline__ Schedule(const Arguments& args, PackedWalk& walk)
+      : args_(args), walk_(walk) {
+    walk_ = {0, 0};
+  }
 
   // The next tile; all lanes call it and get the same answer.
   __device__ __forceinline__ Tile next() {
@@ -75,7 +78,7 @@ class Schedule {
     const int heads = args_.p.batch * args_.p.heads_q;
     if (index >= heads * args_.schedule.tiles_q) return kNoTile;
     Tile tile = locate(index, heads, args_.schedule.tiles_q);
-    tile.sequence = tile.head / args_.p.heads_q;
+    tile.sequence = unsigned(tile.head) / unsigned(args_.p.heads_q);
     tile.head -= tile.sequence * args_.p.heads_q;
     return tile;
   }
@@ -84,10 +87,11 @@ class Schedule {
   __device__ __forceinline__ Tile packed(int index) {
     const ForwardParams& p = args_.p;
     const int lane = threadIdx.x % kWarp;
-    for (; first_ < p.batch; first_ += kWarp) {
+    int first = walk_.first, before = walk_.before;
+    for (; first < p.batch; first += kWarp) {
       int tiles = 0;
-      if (first_ + lane < p.batch) {
-        const int* begin = p.cu_seqlens_q + first_ + lane;
+      if (first + lane < p.batch) {
+        const int* begin = p.cu_seqlens_q + first + lane;
         tiles = ceil_div(begin[1] - begin[0], Traits::kBlockQ) * p.heads_q;
       }
       int through = tiles;  // tiles of this and all earlier lanes
@@ -96,35 +100,36 @@ class Schedule {
         const int other = __shfl_up_sync(~0u, through, step);
         if (lane >= step) through += other;
       }
-      const unsigned after = __ballot_sync(~0u, before_ + through > index);
+      const unsigned after = __ballot_sync(~0u, before + through > index);
       if (after != 0) {
         const int owner = __ffs(after) - 1;
         tiles = __shfl_sync(~0u, tiles, owner);
         through = __shfl_sync(~0u, through, owner);
-        Tile tile = locate(index - (before_ + through - tiles), p.heads_q, tiles / p.heads_q);
-        tile.sequence = first_ + owner;
+        Tile tile = locate(index - (before + through - tiles), p.heads_q, tiles / p.heads_q);
+        tile.sequence = first + owner;
+        walk_ = {first, before};  // the same from every lane
         return tile;
       }
-      before_ += __shfl_sync(~0u, through, kWarp - 1);
+      before += __shfl_sync(~0u, through, kWarp - 1);
     }
     return kNoTile;
   }
 
   // Tile `index` of `heads` heads with `tiles_q` query tiles each: sections of heads one after the
   // other; inside a section from the last rows (with causal masks, the most keys) to the first.
-  __device__ __forceinline__ Tile locate(int index, int heads, int tiles_q) const {
-    const int section_heads = args_.schedule.heads_per_section;
-    const int section = index / (section_heads * tiles_q);
-    const int inside = index - section * section_heads * tiles_q;
-    const int width = min(section_heads, heads - section * section_heads);
-    return {0, section * section_heads + inside % width,
-            (tiles_q - 1 - inside / width) * Traits::kBlockQ};
+  __device__ __forceinline__ Tile locate(unsigned index, unsigned heads, unsigned tiles_q) const {
+    const unsigned section_heads = args_.schedule.heads_per_section;
+    const unsigned first_head = index / (section_heads * tiles_q) * section_heads;
+    const unsigned width = min(section_heads, heads - first_head);
+    const unsigned inside = index - first_head * tiles_q;
+    const unsigned tile_q = inside / width;
+    return {0, int(first_head + inside - tile_q * width),
+            int(tiles_q - 1 - tile_q) * Traits::kBlockQ};
   }
 
   const Arguments& args_;
   int round_ = 0;
-  int first_ = 0;   // first sequence of the window that packed() looks at
-  int before_ = 0;  // tiles of all sequences before it
+  PackedWalk& walk_;
 };
 
 }  // namespace flash::v3

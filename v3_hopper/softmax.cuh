@@ -101,8 +101,8 @@ __device__ __forceinline__ bool update(const float (&s)[Traits::kBlockKV / 2], R
   return true;
 }
 
-// Columns [kBegin, kEnd) eighths of S become P = exp(S - reference), the sums grow.
-template <class Traits, int kBegin, int kEnd>
+// S becomes P = exp(S - reference), and the sums grow.
+template <class Traits>
 __device__ __forceinline__ void exponentials(float (&s)[Traits::kBlockKV / 2], RowState& state,
                                              const Scale& scale) {
   float offset[2];
@@ -111,9 +111,8 @@ __device__ __forceinline__ void exponentials(float (&s)[Traits::kBlockKV / 2], R
     const float reference = state.row_max[half] == -INFINITY ? 0.0f : state.row_max[half];
     offset[half] = reference * scale.to_log2;
   }
-  constexpr int kGroups = Traits::kBlockKV / 8;  // of four accumulators
 #pragma unroll
-  for (int i = kGroups * kBegin / 8 * 4; i < kGroups * kEnd / 8 * 4; ++i) {
+  for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
     s[i] = fast_exp2(fmaf(s[i], scale.to_log2, -offset[i / 2 % 2]));
     state.row_sum[i / 2 % 2] += s[i];
   }

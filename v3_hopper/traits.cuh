@@ -45,6 +45,13 @@ struct Work {
   int poisoned;       // a guard replaced NaN or Inf in V by zero
 };
 
+// How far the walk through packed sequences has come. It lies in shared memory because the
+// scheduling warp has few registers.
+struct PackedWalk {
+  int first;   // first sequence of the 32 that are looked at
+  int before;  // tiles of all sequences before it
+};
+
 // Named barriers; 0 is __syncthreads.
 enum NamedBarrier : int {
   kTurn = 1,    // kTurn + consumer: its turn to issue GEMMs
@@ -62,12 +69,13 @@ struct Traits {
   static constexpr int kHeadDimV = Instance::kHeadDimV;
   static constexpr int kConsumers = Tuned::kConsumers;
   static constexpr int kBlockQ = kConsumers * kGroupRows;
-  static constexpr int kBlockKV = Tuned::kBlockKV;
+  static constexpr bool kTight = Tuned::kConsumers == 3 || kHeadDimV > 128;  // in registers
+  static constexpr int kBlockKV = Tuned::kBlockKV - (kFeatured && kTight ? 16 : 0);
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesQ = Tuned::kStagesQ;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+  static constexpr int kProducerRegisters = kTight ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kTight ? 240 : 232;
 
   // In shared memory a tile is a row of chunks, each 128 bytes wide; TMA fills columns beyond the
   // head dim with zeros.
@@ -86,6 +94,7 @@ struct Traits {
     alignas(1024) unsigned char k[kStages][kBytesK];
     alignas(1024) unsigned char v[kStages][kBytesV];
     Work work[kWorkSlots];
+    PackedWalk walk;
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
     Barrier q_full[kStagesQ][kConsumers], q_empty[kStagesQ][kConsumers];
     Barrier k_full[kStages], k_empty[kStages];
