@@ -138,19 +138,14 @@ __device__ __forceinline__ void find_probabilities(const Consumer<Traits>& self,
   pin(r.p16);
 }
 
-// dP^T of a step starts at -delta. Loads from shared memory wait for products queued before them.
-template <class Traits>
-__device__ __forceinline__ void start_dp(const Consumer<Traits>& self, Fragments<Traits>& r,
-                                         const Ring<Traits::kStagesDO>& dout) {
-  self.shared.dout_full[dout.slot].wait(dout.parity);
-  start(r.dp, self.shared.delta[dout.slot] + self.column());
-  pin(r.dp);
-}
-
+// dP^T of a step is issued, from -delta on.
 template <class Traits>
 __device__ __forceinline__ void issue_dp(const Consumer<Traits>& self, Fragments<Traits>& r,
                                          const Ring<Traits::kStagesDO>& dout) {
   auto& shared = self.shared;
+  shared.dout_full[dout.slot].wait(dout.parity);
+  start(r.dp, shared.delta[dout.slot] + self.column());
+  pin(r.dp);
   wgmma_begin();
   if constexpr (Traits::kRoomy) {
     gemm_scores<Traits::kHeadDim>(r.dp, r.v, shared.dout[dout.slot], true);
@@ -161,12 +156,12 @@ __device__ __forceinline__ void issue_dp(const Consumer<Traits>& self, Fragments
 }
 
 // dQ goes where the copy engine adds it to the sums in L2 from.
-template <class Traits, int kPending>
+template <class Traits>
 __device__ __forceinline__ void hand_over_dq(const Consumer<Traits>& self, Fragments<Traits>& r,
                                              uint32_t parity) {
   auto& shared = self.shared;
   shared.dq_free[self.warpgroup].wait(parity ^ 1);
-  wgmma_wait<kPending>();  // dQ is there
+  wgmma_wait<1>();  // dQ is there
   pin(r.dq);
   stage_dq(shared.dq[self.warpgroup], r.dq);
   fence_async_proxy();
@@ -183,17 +178,12 @@ __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragment
   const int slot_q = ring.q.slot;
   const int slot_do = ring.dout.slot;
   const int slot = ring.ds.slot;
-  if constexpr (Traits::kEarlyDP) {
-    wgmma_wait<0>();  // dP is there, and the dK before it
-  } else {
-    start_dp(self, r, ring.dout);
-    issue_dp(self, r, ring.dout);
-  }
+  if constexpr (!Traits::kEarlyDP) issue_dp(self, r, ring.dout);
   pin(r.p16);
   wgmma_begin();
   gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
   wgmma_commit();
-  if constexpr (!Traits::kEarlyDP) wgmma_wait<1>();  // dP is there, and the dK before it
+  wgmma_wait<1>();  // dP is there, and the dK before it
   pin(r.dp);
   if constexpr (Traits::kRoomy) pin(r.ds16);  // it may change
   if (!first) self.arrive(shared.q_free[(slot_q + Traits::kStagesQ - 1) % Traits::kStagesQ]);
@@ -207,8 +197,8 @@ __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragment
   ring.q.advance();
   ring.dout.advance();
   ring.ds.advance();
-  if constexpr (kNextDP == 1) start_dp(self, r, ring.dout);
   if constexpr (!kLast) issue_scores(self, r, ring.q);
+  if constexpr (kNextDP == 1) issue_dp(self, r, ring.dout);
   named_sync(kScoreGradientStored, Consumer<Traits>::kThreads);  // dS of all keys is there
   wgmma_begin();
   gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
@@ -219,14 +209,13 @@ __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragment
     gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot_q]);
   }
   wgmma_commit();
-  if constexpr (kNextDP == 1) issue_dp(self, r, ring.dout);
   if constexpr (!kLast) {
     wgmma_wait<2 + kNextDP>();  // S is there, and the dV before it
     pin(r.p16);                 // whose operand may change
     self.arrive(shared.dout_free[slot_do]);
     find_probabilities(self, r, exponent, ring.q.slot);
   }
-  hand_over_dq<Traits, 1 + kNextDP>(self, r, slot);
+  hand_over_dq<Traits>(self, r, slot);
 }
 
 template <class Traits>
@@ -254,9 +243,11 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
       pin(r.v);
     }
     wgmma_wait<0>();
+    pin(r.s);
     if constexpr (Traits::kEarlyDP) {
-      start_dp(self, r, ring.dout);
       issue_dp(self, r, ring.dout);
+      wgmma_wait<0>();
+      pin(r.dp);
     }
     find_probabilities(self, r, exponent, 0);
     for (int i = 0; i < steps - 1; ++i) {

@@ -38,7 +38,7 @@ struct BackwardTraits {
   static constexpr int kConsumerRegisters = 240;
   // Narrow heads leave registers for K, V and dS as operands, and for dP beside dQ.
   static constexpr bool kRoomy = kHeadDim <= 64;
-  static constexpr bool kEarlyDP = kRoomy;
+  static constexpr bool kEarlyDP = kHeadDim <= 64;
   static constexpr int kColumnsDQ = kPaddedDim / kConsumers;  // of dQ, per warpgroup
 
   using TileKV = Element[kChunks][kBlockKV][kChunkColumns];
