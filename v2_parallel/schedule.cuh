@@ -26,7 +26,7 @@ struct Grid {
     heads = p.batch * p.heads_q;
     last_first = p.window_right != kUnlimited;
     const int64_t bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * 2 + 1;
-    const int64_t fitting = kL2Bytes / bytes * (p.heads_q / p.heads_kv);
+    const int64_t fitting = kL2Bytes / bytes * (p.heads_q / (p.heads_kv < 1 ? 1 : p.heads_kv));
     group = int(fitting < 1 ? 1 : fitting > heads ? heads : fitting);
   }
 
