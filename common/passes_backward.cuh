@@ -74,41 +74,67 @@ __global__ void __launch_bounds__(kPassThreads)
   }
 }
 
-// dQ = scale * sum, from fp32 fragments to rows.
+// In a quad of lanes: lane t gives x[s] to lane s, and receives lane s's x[t] as result s.
+__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&x)[4]) {
+  const int t = threadIdx.x % 4;
+  uint32_t y[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int s = t ^ r;
+    const uint32_t mine = s == 0 ? x[0] : s == 1 ? x[1] : s == 2 ? x[2] : x[3];
+    const uint32_t theirs = __shfl_xor_sync(0xffffffffu, mine, r);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) y[n] = r == 0 || n == s ? theirs : y[n];
+  }
+  return {y[0], y[1], y[2], y[3]};
+}
+
+// dQ = scale * sum, from fp32 fragments to rows: a warp takes 16 rows and 32 columns at a time.
 template <class Traits>
 __global__ void __launch_bounds__(kPassThreads)
     finish_kernel(const __grid_constant__ BackwardParams p, BackwardWorkspace<Traits> workspace,
                   int blocks) {
   using Element = typename Traits::Element;
-  constexpr int kChunks = Traits::kHeadDim / 8;
+  constexpr int kTiles = Traits::kHeadDim / 8;  // of 16 rows and 8 columns, side by side
   const RowBlock<Traits::kBlockQ> block(p, blocks);
   const Sequence sequence(p, block.batch);
   if (block.row >= sequence.seqlen_q) return;
   const int64_t padded = BackwardWorkspace<Traits>::first_row(p, block.batch, sequence.row_q);
   const float* dq =
       workspace.dq + (block.head * workspace.rows + padded + block.row) * Traits::kHeadDim;
-  Element* target = static_cast<Element*>(p.dq.data) + block.batch * p.dq.batch +
-                    sequence.row_q * p.dq.row + block.head * p.dq.head;
+  Element* target = row_of<Element>(p.dq, block.batch, sequence.row_q, block.head, block.row);
   const bool aligned = rows_aligned(target, p.dq.row);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < Traits::kBlockQ * kChunks; i += kPassThreads) {
-    const int r = i / kChunks, chunk = i % kChunks;
-    if (block.row + r >= sequence.seqlen_q || chunk * 8 >= p.head_dim) continue;
-    const float* tile = dq + (r / 16 * kChunks + chunk) * 128;
-    Element* to = target + (block.row + r) * p.dq.row + chunk * 8;
-    float sums[8];
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < Traits::kBlockQ / 16 * (kTiles / 4); i += kPassThreads / 32) {
+    const int row = i / (kTiles / 4) * 16, tile = i % (kTiles / 4) * 4;
+    float4 sums[4];
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      sums[c] = tile[fragment_offset(r % 8 * 4 + c / 2, r % 16 / 8 * 2 + c % 2)] * p.scale;
+    for (int n = 0; n < 4; ++n) {
+      sums[n] = load_fragment(dq + (row / 16 * kTiles + tile + n) * 128, lane);
     }
-    if constexpr (sizeof(Element) == 4) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) to[c] = sums[c];
-    } else {
-      store_chunk(to,
-                  {pack<Element>(sums[0], sums[1]), pack<Element>(sums[2], sums[3]),
-                   pack<Element>(sums[4], sums[5]), pack<Element>(sums[6], sums[7])},
-                  aligned);
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + half * 8 + lane / 4;
+      const bool in_rows = block.row + r < sequence.seqlen_q;
+      uint32_t pairs[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float low = (half == 0 ? sums[n].x : sums[n].z) * p.scale;
+        const float high = (half == 0 ? sums[n].y : sums[n].w) * p.scale;
+        if constexpr (sizeof(Element) == 4) {
+          Element* to = target + r * p.dq.row + (tile + n) * 8 + lane % 4 * 2;
+          if (in_rows && (tile + n) * 8 < p.head_dim) to[0] = low, to[1] = high;
+        } else {
+          pairs[n] = pack<Element>(low, high);
+        }
+      }
+      if constexpr (sizeof(Element) == 2) {
+        const uint4 chunk = transpose_quad(pairs);
+        const int column = (tile + lane % 4) * 8;
+        if (in_rows && column < p.head_dim) {
+          store_chunk(target + r * p.dq.row + column, chunk, aligned);
+        }
+      }
     }
   }
 }

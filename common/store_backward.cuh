@@ -17,12 +17,12 @@ __device__ __forceinline__ void add_fragment(float* tile, const float (&r)[4], i
 #endif
 }
 
-// Position of element e of a lane in that order.
-__device__ __forceinline__ int fragment_offset(int lane, int e) {
+// Reads such a tile.
+__device__ __forceinline__ float4 load_fragment(const float* tile, int lane) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return lane * 4 + e;
+  return reinterpret_cast<const float4*>(tile)[lane];
 #else
-  return e * 32 + lane;
+  return {tile[lane], tile[32 + lane], tile[64 + lane], tile[96 + lane]};
 #endif
 }
 
