@@ -65,7 +65,9 @@ struct BlockCopy {
   template <int kRows, class Pointer, class Visit>
   static __device__ __forceinline__ void for_each(Pointer data, int64_t stride, Visit visit) {
     static_assert(kRows % kRowsPerPass == 0 && kRowsPerPass % 8 == 0);
-    const int lane_row = threadIdx.x / kLanesPerRow, lane_chunk = threadIdx.x % kLanesPerRow;
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));  // positions are computed again: kept, they would spill
+    const int lane_row = thread / kLanesPerRow, lane_chunk = thread % kLanesPerRow;
     const int offset = Rows::offset(lane_row, lane_chunk);
     constexpr int kElements = 16 / int(sizeof(*data));
     data += lane_row * stride + lane_chunk * kElements;

@@ -36,7 +36,8 @@ struct BackwardTraits {
   static constexpr int kSplit = (kHeadDim <= 64 ? 1 : 2) * (kSmall ? 2 : 1);
   static constexpr int kWarps = kKeyWarps * kSplit;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kStepQ = kSplit == 1 ? 32 : kBlockQ;  // rows between two updates of dK, dV
+  // Rows between two updates of dK and dV; softcap needs registers for its derivative.
+  static constexpr int kStepQ = kSplit > 1 ? kBlockQ : kFeatured ? 16 : 32;
   static constexpr int kWarpQ = kStepQ / kSplit;
   static constexpr int kWarpDim = kHeadDim / kSplit;
   static constexpr int kScoreTiles = kWarpKeys / 16 * (kWarpQ / 8);  // of 16 x 8, of a warp
