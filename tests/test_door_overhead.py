@@ -33,3 +33,18 @@ def test_flash_attn(record_property: Callable[[str, object], None]) -> None:
     )
     record_property("overhead_us", 1e6 * cost)
     assert cost < LIMIT, f"{1e6 * cost:.1f} us"
+
+
+def test_as_sdpa(record_property: Callable[[str, object], None]) -> None:
+    """With a backend of one's own: torch's own path is not measured here."""
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+
+    def inside() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    with flash.as_sdpa("reference"):
+        cost = added(
+            inside, lambda: flash.attention(q, k, v, layout="bhsd", backend="reference")
+        )  # fmt: skip
+    record_property("overhead_us", 1e6 * cost)
+    assert cost < LIMIT, f"{1e6 * cost:.1f} us"

@@ -1,5 +1,8 @@
 """Three generations of exact attention behind one call."""
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from flash.attention import attention, attention_backward, attention_varlen
 from flash.capability import capabilities
 from flash.compare import compare
@@ -27,11 +30,14 @@ __all__ = [
     "FlashError",
     "LaunchError",
     "UnsupportedError",
+    "activate",
+    "as_sdpa",
     "attention",
     "attention_backward",
     "attention_varlen",
     "capabilities",
     "compare",
+    "deactivate",
     "explain",
     "last_dispatch",
     "merge",
@@ -39,4 +45,16 @@ __all__ = [
     "sdpa",
 ]
 
+_DOORS = {  # imported when first asked for
+    "activate": "flash.sdpa_override",
+    "as_sdpa": "flash.sdpa_context",
+    "deactivate": "flash.sdpa_override",
+}
+
 count_flops()
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _DOORS:
+        raise AttributeError(f"module 'flash' has no attribute {name!r}")
+    return getattr(_import_module(_DOORS[name]), name)

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flash.attention import attention, attention_varlen
+from flash.attention import attention_varlen
+from flash.calls import run_dense
 from flash.compat._served import Window, count, refuse, served, window_of
 from flash.errors import wrong_type, wrong_value
+
+_NO_SCALES = (None, None, None)
 
 
 def flash_attn_func(
@@ -186,7 +189,7 @@ def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> NoReturn:
 
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], probabilities: bool,
-    scales: tuple[Any, ...] | None,
+    scales: Any,
 ) -> Any:  # fmt: skip
     scale, causal, window_size, softcap, deterministic, backend = options
     if isinstance(q, Tensor) and q.shape[-1:] and q.shape[-1] % 8:
@@ -195,12 +198,8 @@ def _dense(
         found = _dense(q, k, v, options, probabilities, scales)
         return _narrow(found, dim, probabilities)
     window = None if window_size == (-1, -1) else window_of(window_size, causal)
-    dq, dk, dv = scales or (None, None, None)
-    found = attention(
-        q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, q_descale=dq,
-        k_descale=dk, v_descale=dv, return_lse=probabilities, deterministic=deterministic,
-        backend=backend,
-    )  # fmt: skip
+    dense = (causal, window, scale, softcap, deterministic, None, "bshd", backend)
+    found = run_dense(q, k, v, dense, scales or _NO_SCALES, probabilities, None)
     return (*found, None) if probabilities else found
 
 
@@ -214,7 +213,7 @@ def _packed(
         options = (scale, *options[1:])
         found = _packed(q, k, v, lengths, options, probabilities, scales)
         return _narrow(found, dim, probabilities)
-    dq, dk, dv = scales or (None, None, None)
+    dq, dk, dv = scales or _NO_SCALES
     found = attention_varlen(
         q, k, v, lengths[0], lengths[1], count("max_seqlen_q", lengths[2]),
         count("max_seqlen_k", lengths[3]), causal=causal, window=window_of(window_size, causal),

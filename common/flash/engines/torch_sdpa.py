@@ -17,6 +17,13 @@ from flash.engines import layout, reference
 from flash.spec import Descale, Grads, Result, Spec, Varlen
 
 aten = torch.ops.aten
+# PyTorch's own kernels; the SDPA door puts the originals here while it stands in their place.
+OWN: dict[str, Callable[..., Any]] = {
+    "cpu": aten._scaled_dot_product_flash_attention_for_cpu.default,
+    "cpu backward": aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    "cuda": aten._scaled_dot_product_flash_attention.default,
+    "cuda backward": aten._scaled_dot_product_flash_attention_backward.default,
+}
 
 
 class Piece(NamedTuple):
@@ -88,13 +95,9 @@ def _math_dtype(q: Tensor) -> torch.dtype:
 def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(batch, heads, rows, dim) in and out; LSE (batch, heads, rows)."""
     if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-            q, k, v, 0.0, causal, scale=scale
-        )
+        out, lse = OWN["cpu"](q, k, v, 0.0, causal, scale=scale)
         return out, lse
-    found = aten._scaled_dot_product_flash_attention.default(
-        q, k, v, 0.0, causal, False, scale=scale
-    )
+    found = OWN["cuda"](q, k, v, 0.0, causal, False, scale=scale)
     return found[0], found[1]
 
 
@@ -104,10 +107,10 @@ def _call_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     lse = lse.contiguous()
     if q.device.type == "cpu":
-        run = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        run = OWN["cpu backward"]
         found: Any = run(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
     else:
-        run = aten._scaled_dot_product_flash_attention_backward.default
+        run = OWN["cuda backward"]
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
         unused = torch.empty(0, dtype=torch.int32, device=q.device)
         sizes = (None, None, q.shape[2], k.shape[2])  # any tensor there means packed sequences
