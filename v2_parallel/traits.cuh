@@ -32,7 +32,7 @@ struct ForwardTraits {
   // Measured on one H200 (README): how many products ahead fragments are fetched, and over how many
   // products of S the copy of the next block is spread.
   static constexpr int kAhead = kTeam == 1 && kHeadDim > 64 ? 1 : 2;
-  static constexpr int kCopyParts = kTeam == 1 && kHeadDim > 64 ? kHeadDim / 16 * kBlockKV / 16 : 1;
+  static constexpr int kCopyParts = kTeam == 1 && kHeadDim > 96 ? kHeadDim / 16 * kBlockKV / 16 : 1;
 
   using QueryRows = SwizzledRows<kHeadDim>;
   using KeyRows = SwizzledRows<kHeadDim>;
