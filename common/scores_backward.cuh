@@ -108,15 +108,16 @@ __device__ __forceinline__ void mask_scores(uint32_t (&rP)[2][Traits::kWarpQ / 1
 template <class Traits>
 __device__ __forceinline__ void round_p(uint32_t (&rP)[2][Traits::kWarpQ / 16][4],
                                         const float (&rS)[2][Traits::kWarpQ / 8][4]) {
-  if constexpr (Traits::kFeatured) return;
+  if constexpr (!Traits::kFeatured) {
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int n = 0; n < Traits::kWarpQ / 8; ++n) {
+      for (int n = 0; n < Traits::kWarpQ / 8; ++n) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        rP[m][n / 2][n % 2 * 2 + h] =
-            pack<typename Traits::Element>(rS[m][n][2 * h], rS[m][n][2 * h + 1]);
+        for (int h = 0; h < 2; ++h) {
+          rP[m][n / 2][n % 2 * 2 + h] =
+              pack<typename Traits::Element>(rS[m][n][2 * h], rS[m][n][2 * h + 1]);
+        }
       }
     }
   }
