@@ -34,7 +34,7 @@ __device__ __forceinline__ void init_barriers(typename Traits::Shared& shared) {
 
 // One consumer warpgroup: what it knows about its place, and the verbs of the loop.
 template <class Traits>
-struct Consumer {
+struct KeyConsumer {
   static constexpr int kThreads = Traits::kConsumers * kWarpgroup;
   using Element = typename Traits::Element;
 
@@ -105,7 +105,7 @@ struct Rings {
 
 // S^T of a step is issued, from -LSE on.
 template <class Traits>
-__device__ __forceinline__ void issue_scores(const Consumer<Traits>& self, Fragments<Traits>& r,
+__device__ __forceinline__ void issue_scores(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                              const Ring<Traits::kStagesQ>& q) {
   constexpr bool kStarted = !Traits::kSoftcap;
   auto& shared = self.shared;
@@ -124,7 +124,7 @@ __device__ __forceinline__ void issue_scores(const Consumer<Traits>& self, Fragm
 
 // S^T -> P^T, with the mask where the block needs one.
 template <class Traits>
-__device__ __forceinline__ void find_probabilities(const Consumer<Traits>& self,
+__device__ __forceinline__ void find_probabilities(const KeyConsumer<Traits>& self,
                                                    Fragments<Traits>& r, const Exponent& exponent,
                                                    int slot) {
   pin(r.s);
@@ -140,7 +140,7 @@ __device__ __forceinline__ void find_probabilities(const Consumer<Traits>& self,
 
 // dP^T of a step is issued, from -delta on.
 template <class Traits>
-__device__ __forceinline__ void issue_dp(const Consumer<Traits>& self, Fragments<Traits>& r,
+__device__ __forceinline__ void issue_dp(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                          const Ring<Traits::kStagesDO>& dout) {
   auto& shared = self.shared;
   shared.dout_full[dout.slot].wait(dout.parity);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void issue_dp(const Consumer<Traits>& self, Fragments
 
 // dQ goes where the copy engine adds it to the sums in L2 from.
 template <class Traits>
-__device__ __forceinline__ void hand_over_dq(const Consumer<Traits>& self, Fragments<Traits>& r,
+__device__ __forceinline__ void hand_over_dq(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                              uint32_t parity) {
   auto& shared = self.shared;
   shared.dq_free[self.warpgroup].wait(parity ^ 1);
@@ -170,7 +170,7 @@ __device__ __forceinline__ void hand_over_dq(const Consumer<Traits>& self, Fragm
 
 // One block of query rows, from P to dQ; and, unless it is the last, S and P of the next.
 template <class Traits, bool kLast>
-__device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragments<Traits>& r,
+__device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                           const Exponent& exponent, Rings<Traits>& ring,
                                           bool first) {
   constexpr int kNextDP = Traits::kEarlyDP && !kLast ? 1 : 0;  // products of the next step's dP
@@ -199,7 +199,7 @@ __device__ __forceinline__ void take_step(const Consumer<Traits>& self, Fragment
   ring.ds.advance();
   if constexpr (!kLast) issue_scores(self, r, ring.q);
   if constexpr (kNextDP == 1) issue_dp(self, r, ring.dout);
-  named_sync(kScoreGradientStored, Consumer<Traits>::kThreads);  // dS of all keys is there
+  named_sync(kScoreGradientStored, KeyConsumer<Traits>::kThreads);  // dS of all keys is there
   wgmma_begin();
   gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
   wgmma_commit();
@@ -222,7 +222,7 @@ template <class Traits>
 __device__ __forceinline__ void consume(typename Traits::Shared& shared, const BackwardParams& p,
                                         const Scratch& scratch, const KeyTile& tile,
                                         const Sequence& sequence, int steps) {
-  const Consumer<Traits> self{shared, p, scratch, tile, sequence};
+  const KeyConsumer<Traits> self{shared, p, scratch, tile, sequence};
   const Exponent exponent(p);
   Fragments<Traits> r;
   for (int i = 0; i < Traits::kHeadDim / 2; ++i) r.dk[i] = r.dv[i] = 0.0f;
@@ -259,7 +259,7 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
     pin(r.dk);
     pin(r.dv);
   }
-  named_sync(kKeysRead, Consumer<Traits>::kThreads);
+  named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);
   self.stage(shared.v, r.dv, 1.0f);
   self.stage(shared.k, r.dk, p.scale);
   named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have staged

@@ -60,7 +60,7 @@ struct ForDV {
   using Element = typename Traits::Element;
   static constexpr int kScores = Traits::kBlockQ / 2;
   using Steps = Ring<2>;
-  const Consumer<Traits>& self;
+  const KeyConsumer<Traits>& self;
   const Exponent exponent{self.p};
   float dv[Traits::kHeadDimV / 2];  // (64 keys, dim)
   float s[kScores];                 // (64 keys, 64 rows)
@@ -123,7 +123,7 @@ struct ForDK {
   using Element = typename Traits::Element;
   static constexpr int kScores = Traits::kBlockQ / 2;
   using Steps = Ring<2>;
-  const Consumer<Traits>& self;
+  const KeyConsumer<Traits>& self;
   float dk[Traits::kHeadDim / 2];  // (64 keys, dim)
   float dp[kScores];               // (64 keys, 64 rows)
   uint32_t ds16[kScores / 2];
@@ -218,7 +218,7 @@ __global__ __launch_bounds__(Traits::kThreads,
     return;
   }
   grow_registers<Traits::kConsumerRegisters>();
-  const Consumer<Traits> self{shared, p, scratch, tile, sequence};
+  const KeyConsumer<Traits> self{shared, p, scratch, tile, sequence};
   const int done = kWarpgroupDone + self.warpgroup;
   if (self.warpgroup == 0) {
     ForDV<Traits> work{self};
@@ -226,7 +226,7 @@ __global__ __launch_bounds__(Traits::kThreads,
     pin(work.dv);
     take_steps(work, steps);
     pin(work.dv);
-    named_sync(kKeysRead, Consumer<Traits>::kThreads);
+    named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);
     self.stage(shared.v, work.dv, 1.0f);
     named_sync(done, kWarpgroup);
     self.store(shared.v, p.dv, p.head_dim_v);
@@ -236,7 +236,7 @@ __global__ __launch_bounds__(Traits::kThreads,
     pin(work.dk);
     take_steps(work, steps);
     pin(work.dk);
-    named_sync(kKeysRead, Consumer<Traits>::kThreads);
+    named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);
     self.stage(shared.k, work.dk, p.scale);
     named_sync(done, kWarpgroup);
     self.store(shared.k, p.dk, p.head_dim);

@@ -107,7 +107,7 @@ __global__ __launch_bounds__(kRowThreads) void round_dq(const __grid_constant__ 
                                       threadIdx.x / kWarpgroup * (kGradientRows * kDim / 2));
   const bool seen = block.sees_keys;  // else nothing was summed
   auto put = [&](int at, float low, float high) {
-    *reinterpret_cast<uint32_t*>(rows + at) = pack<Element>(low * p.scale, high * p.scale);
+    *reinterpret_cast<uint32_t*>(rows + at) = flash::pack<Element>(low * p.scale, high * p.scale);
   };
 #pragma unroll
   for (int i = 0; i < kDim / 16; ++i) {

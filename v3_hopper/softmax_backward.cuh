@@ -88,7 +88,7 @@ __device__ __forceinline__ void probabilities(float (&s)[N], float (&p)[N], cons
 template <class Element, int N>
 __device__ __forceinline__ void round_operand(uint32_t (&r)[N / 2], const float (&x)[N]) {
 #pragma unroll
-  for (int i = 0; i < N; i += 2) r[i / 2] = pack<Element>(x[i], x[i + 1]);
+  for (int i = 0; i < N; i += 2) r[i / 2] = flash::pack<Element>(x[i], x[i + 1]);
 }
 
 // A product starts at the negated statistic of its rows: S at -LSE / scale, dP at -delta.

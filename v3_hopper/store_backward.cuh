@@ -100,7 +100,7 @@ __device__ __forceinline__ void stage_gradient(Element (&tile)[kChunks][kRows][k
   uint32_t r[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) {
-    r[i] = pack<Element>(d[2 * i] * scale, d[2 * i + 1] * scale);
+    r[i] = flash::pack<Element>(d[2 * i] * scale, d[2 * i + 1] * scale);
   }
   const int warp = threadIdx.x / 32 % 4;
   store_fragment(shared_address(tile[0][first_row + 16 * warp]), sizeof(tile[0]), r);
