@@ -12,7 +12,7 @@ namespace flash::v1 {
 
 // What the current device offers.
 struct Device {
-  int shared_bytes = 0, processors = 0;
+  int shared_bytes = 48 << 10, processors = 1;  // where there is none
 
   Device() {
     int device = 0;
