@@ -2,6 +2,7 @@
 #pragma once
 
 #include "v3_hopper/schedule.cuh"
+#include "v3_hopper/store.cuh"
 
 namespace flash::v3 {
 
@@ -91,6 +92,53 @@ __device__ __forceinline__ void prefetch_tile(const Arguments& args, const Work&
 #pragma unroll 1
   for (int chunk = 0; chunk < Traits::kChunksV; ++chunk) {
     prefetch_box(args.v, {chunk * Traits::kChunkColumns, key, work.head_kv, work.batch});
+  }
+}
+
+// Announces tile after tile; those whose rows see no key are finished here.
+template <class Traits>
+__device__ __forceinline__ void announce(const Arguments& args, typename Traits::Shared& shared) {
+  Schedule<Traits> schedule(args, shared.walk);
+  Ring<Traits::kWorkSlots> slot;
+  for (;;) {
+    const Tile tile = schedule.next();
+    Work& work = shared.work[slot.slot];
+    shared.work_empty[slot.slot].wait(slot.parity ^ 1);
+    if (threadIdx.x % kWarp == 0) describe(work, args.p, tile);
+    __syncwarp();
+    if (tile.head >= 0 && is_empty<Traits>(work)) {
+      store_nothing<Traits>(args.p, work);
+      __syncwarp();  // before the slot is written again
+      continue;
+    }
+    if (threadIdx.x % kWarp == 0) {
+      if (tile.head >= 0) prefetch_tile<Traits>(args, work);
+      shared.work_full[slot.slot].arrive();
+    }
+    slot.advance();
+    if (tile.head < 0) return;
+  }
+}
+
+// Loads everything in the order in which consumers need it.
+template <class Traits>
+__device__ __forceinline__ void produce(const Arguments& args, typename Traits::Shared& shared) {
+  Loader<Traits> load{args, shared};
+  Ring<Traits::kWorkSlots> slot;
+  for (;; slot.advance()) {
+    shared.work_full[slot.slot].wait(slot.parity);
+    const Work& work = shared.work[slot.slot];
+    if (work.head < 0) return;
+    const Range blocks = key_blocks<Traits>(work);
+    load.load_k(work, blocks.end - 1);
+    load.load_q(work);
+    for (int j = blocks.end - 2; j >= blocks.begin; --j) {
+      load.load_k(work, j);
+      load.load_v(work, j + 1);
+    }
+    load.load_v(work, blocks.begin);
+    __syncwarp();
+    if (threadIdx.x == 0) shared.work_empty[slot.slot].arrive();
   }
 }
 

@@ -7,20 +7,18 @@ namespace flash::v3 {
 
 template <class Traits>
 struct Stream {
-  Pipes<Traits>& pipe;
   const int group_row, thread_row;  // of this warpgroup and this thread inside a tile
   const Work* work = nullptr;       // the current tile
   int block = 0, first_block = 0;   // blocks are visited from the last to the first
   Range unmasked = {0, 0};
 
-  __device__ __forceinline__ explicit Stream(Pipes<Traits>& pipes)
-      : pipe(pipes),
-        group_row(pipes.consumer * kGroupRows),
+  __device__ __forceinline__ explicit Stream(int consumer)
+      : group_row(consumer * kGroupRows),
         thread_row(group_row + threadIdx.x % kGroupThreads / kWarp * 16 + threadIdx.x % kWarp / 4) {
   }
 
   // The next tile, with its Q; false at the end of the stream.
-  __device__ __forceinline__ bool open_tile() {
+  __device__ __forceinline__ bool open_tile(Pipes<Traits>& pipe) {
     const Work& candidate = pipe.wait_work();
     if (candidate.head < 0) return false;
     work = &candidate;

@@ -69,7 +69,7 @@ struct Traits {
   static constexpr int kHeadDimV = Instance::kHeadDimV;
   static constexpr int kConsumers = Tuned::kConsumers;
   static constexpr int kBlockQ = kConsumers * kGroupRows;
-  static constexpr bool kTight = Tuned::kConsumers == 3 || kHeadDimV > 128;  // in registers
+  static constexpr bool kTight = Tuned::kConsumers == 3 || kHeadDim > 128;  // in registers
   static constexpr int kBlockKV = Tuned::kBlockKV - (kFeatured && kTight ? 16 : 0);
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesQ = Tuned::kStagesQ;
