@@ -1,0 +1,133 @@
+"""Processes of a gloo group against one process: prints a case and its errors per line.
+
+python tests/context_worker.py WORLD: as few imports of torch as possible, so children are forked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import flash
+from flash import context_parallel as cp
+
+SHAPE = (2, 32, 4, 16)
+Groups = dict[str, Any]
+
+
+def arrangements(world: int) -> dict[str, Groups]:
+    """Ring, Ulysses and, on four processes, two by two."""
+    everyone = dist.group.WORLD
+    found: dict[str, Groups] = {"ring": {"ring": everyone}, "ulysses": {"ulysses": everyone}}
+    if world == 4:
+        rank = dist.get_rank()
+        rings = [dist.new_group([u, u + 2]) for u in (0, 1)]
+        heads = [dist.new_group([2 * r, 2 * r + 1]) for r in (0, 1)]
+        found["both"] = {"ring": rings[rank % 2], "ulysses": heads[rank // 2]}
+    return found
+
+
+def cases() -> Iterator[tuple[str, dict[str, Any], torch.dtype, int]]:
+    """(backend, options, dtype, heads of K and V)."""
+    for causal in (False, True):
+        for heads_kv in (4, 2):
+            yield "torch", {"causal": causal}, torch.float32, heads_kv
+        yield "v1", {"causal": causal, "scale": 0.3}, torch.float32, 2
+        yield "v2", {"causal": causal}, torch.bfloat16, 2
+        yield "v3", {"causal": causal}, torch.bfloat16, 2
+        yield "reference", {"causal": causal, "softcap": 3.0}, torch.float64, 1
+    yield "torch", {"causal": True, "window": (5, 0)}, torch.float32, 2
+
+
+def worst(found: list[Tensor], expected: list[Tensor]) -> float:
+    pairs = zip(found, expected, strict=True)
+    errors = [(a.double() - b.double()).abs().max() / b.double().abs().max() for a, b in pairs]
+    return float(torch.stack(errors).detach().max())
+
+
+def whole_and_parts(groups: Groups, backend: str, options: Any, dtype: Any, heads_kv: int) -> float:
+    torch.manual_seed(len(str(options)) + heads_kv)
+    shapes = (SHAPE, (*SHAPE[:2], heads_kv, SHAPE[3]), (*SHAPE[:2], heads_kv, SHAPE[3]))
+    whole = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+    dout = torch.randn(SHAPE).to(dtype)
+    dlse = torch.randn(SHAPE[0], SHAPE[2], SHAPE[1])
+    exact = [x.detach().double().requires_grad_() for x in whole]
+    out, lse = flash.attention(*exact, return_lse=True, backend="reference", **options)
+    grads = torch.autograd.grad((out, lse), exact, (dout.double(), dlse.double()))
+    held = [cp.shard(x.detach(), **groups).requires_grad_() for x in whole]
+    part = cp.attention(*held, return_lse=True, backend=backend, **options, **groups)
+    cotangents = (cp.shard(dout, **groups), cp.shard(dlse.to(part[1].dtype), **groups, dim=2))
+    found = torch.autograd.grad(part, held, cotangents)
+    ours = [part[0], part[1].transpose(1, 2), *found]
+    theirs = [out, lse.transpose(1, 2), *grads]
+    again = cp.unshard(cp.shard(whole[0], **groups), **groups)
+    assert torch.equal(again, whole[0])
+    return worst(ours, [cp.shard(x.detach(), **groups) for x in theirs])
+
+
+def raised(run: Callable[[], Any]) -> str:
+    try:
+        run()
+    except flash.FlashError as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def refusals(groups: Groups) -> Iterator[tuple[str, str]]:
+    q = torch.randn(1, 8, 4, 16)
+    odd = torch.randn(1, 7, 4, 16)
+    yield "rows differ", raised(lambda: cp.attention(q, odd, odd, **groups))
+    yield "shard", raised(lambda: cp.shard(odd, **groups))
+    if "ring" in groups:
+        yield "window", raised(lambda: cp.attention(q, q, q, window=(2, 2), **groups))
+    if "ulysses" in groups:
+        three = torch.randn(1, 8, 3, 16)
+        yield "heads", raised(lambda: cp.attention(three, three, three, **groups))
+
+
+def work(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    for name, groups in arrangements(world).items():
+        for backend, options, dtype, heads_kv in cases():
+            if "window" in options and "ring" in groups:
+                continue
+            error = whole_and_parts(groups, backend, options, dtype, heads_kv)
+            errors = torch.tensor([error])
+            dist.all_reduce(errors, dist.ReduceOp.MAX)
+            label = f"{name} {backend} {options} {heads_kv}".replace(" ", "_")
+            if rank == 0:
+                print("case", label, dtype, float(errors), flush=True)
+        for label, kind in refusals(groups):
+            if rank == 0:
+                print("refusal", f"{name} {label}".replace(" ", "_"), kind, flush=True)
+    dist.destroy_process_group()
+
+
+def main(world: int) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    work(rank, world, f"{folder}/store")
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+                os._exit(status)
+            children.append(child)
+        return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

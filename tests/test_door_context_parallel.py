@@ -1,0 +1,86 @@
+"""Context parallelism on 2 and 4 processes against one: results, gradients, and the schedule."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from door_pages import run_example
+
+from flash.context_parallel.ring import step_of
+from flash.context_parallel.shards import rows_of
+
+WORKER = Path(__file__).parent / "context_worker.py"
+BARS = {"torch.float64": 1e-12, "torch.float32": 1e-5, "torch.bfloat16": 2e-2}
+worlds = pytest.mark.parametrize("world", [2, 4])
+
+
+@functools.lru_cache
+def report(world: int) -> tuple[tuple[str, ...], ...]:
+    """The worker's lines; its processes run once for all tests."""
+    run = subprocess.run(
+        [sys.executable, str(WORKER), str(world)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return tuple(tuple(line.split()) for line in run.stdout.splitlines())
+
+
+@worlds
+@pytest.mark.parametrize("way", ["ring", "ulysses", "both"])
+def test_results_and_gradients(world: int, way: str) -> None:
+    cases = [line for line in report(world) if line[0] == "case" and line[1].startswith(way)]
+    if way == "both" and world == 2:
+        assert not cases
+        return
+    assert len(cases) == (13 if way == "ulysses" else 12)
+    wrong = [line for line in cases if not float(line[3]) <= BARS[line[2]]]
+    assert not wrong
+
+
+@worlds
+def test_refusals(world: int) -> None:
+    found = {line[1]: line[2] for line in report(world) if line[0] == "refusal"}
+    expected = {
+        "ring_rows_differ": "ArgumentValueError", "ring_shard": "ArgumentValueError",
+        "ring_window": "UnsupportedError", "ulysses_rows_differ": "ArgumentValueError",
+        "ulysses_shard": "ArgumentValueError", "ulysses_heads": "ArgumentValueError",
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("rings", [1, 2, 3, 4])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_row_has_one_place(rings: int, parts: int) -> None:
+    held = [rows_of(24 * 2, (r, rings), (u, parts)) for r in range(rings) for u in range(parts)]
+    assert torch.cat(held).sort().values.tolist() == list(range(48))
+    assert len({len(rows) for rows in held}) == 1
+
+
+@pytest.mark.parametrize("rings", [2, 3, 4])
+def test_steps_cover_the_triangle_once_and_evenly(rings: int) -> None:
+    seqlen = 12 * rings
+    seen = torch.zeros(seqlen, seqlen, dtype=torch.int64)
+    for own in range(rings):
+        mine, work = rows_of(seqlen, (own, rings), (0, 1)), []
+        for source in range(rings):
+            step = step_of(own, source, True, len(mine))
+            rows, keys = mine[step.rows], rows_of(seqlen, (source, rings), (0, 1))[step.keys]
+            block = torch.ones(len(rows), len(keys), dtype=torch.int64)
+            seen[rows[:, None], keys] += block.tril() if step.causal else block
+            work.append(block.tril().sum() if step.causal else block.sum())
+        assert int(sum(work)) == seqlen * (seqlen + 1) // 2 // rings
+    assert torch.equal(seen, torch.ones_like(seen).tril())
+
+
+def test_page() -> None:
+    try:
+        run_example("context_parallel")
+    finally:
+        dist.destroy_process_group()
