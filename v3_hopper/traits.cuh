@@ -70,7 +70,8 @@ struct Traits {
   static constexpr int kConsumers = Tuned::kConsumers;
   static constexpr int kBlockQ = kConsumers * kGroupRows;
   static constexpr bool kTight = Tuned::kConsumers == 3 || kHeadDim > 128;  // in registers
-  static constexpr int kBlockKV = Tuned::kBlockKV - (kFeatured && kTight ? (kHeadDimV == 192 ? 32 : 16) : 0);
+  static constexpr int kBlockKV =
+      Tuned::kBlockKV - (kFeatured && kTight ? (kHeadDimV == 192 ? 32 : 16) : 0);
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesQ = Tuned::kStagesQ;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
