@@ -5,46 +5,75 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from test_overhead import best
+from torch.nn.functional import scaled_dot_product_attention
 
 import flash
 from flash.compat.flash_attn import flash_attn_func
+from flash.engines import reference
+from flash.spec import Result
 
 LIMIT = 15e-6
+Record = Callable[[str, object], None]
+
+
+@pytest.fixture(autouse=True)
+def engine_of_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only then do a few microseconds stand out on a shared machine."""
+    lse = torch.zeros(1, 2, 8)
+    monkeypatch.setattr(reference, "forward", lambda q, *_, **__: Result(q, lse))
 
 
 def added(door: Callable[[], Any], direct: Callable[[], Any]) -> float:
     """Seconds, once both sides met quiet moments; they take turns."""
     slow = fast = float("inf")
     for attempt in range(100):
-        fast = min(fast, best(direct, rounds=5))
-        slow = min(slow, best(door, rounds=5))
+        fast = min(fast, best(direct, rounds=10))
+        slow = min(slow, best(door, rounds=10))
         if attempt >= 10 and slow - fast < LIMIT:
             break
     return slow - fast
 
 
-def test_flash_attn(record_property: Callable[[str, object], None]) -> None:
+def check(seconds: float, record: Record) -> None:
+    record("overhead_us", 1e6 * seconds)
+    assert seconds < LIMIT, f"{1e6 * seconds:.1f} us"
+
+
+def test_flash_attn(record_property: Record) -> None:
     q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
-    cost = added(
-        lambda: flash_attn_func(q, k, v, causal=True),
-        lambda: flash.attention(q, k, v, causal=True),
+    options = {"causal": True, "backend": "reference"}
+    door = added(
+        lambda: flash_attn_func(q, k, v, **options),
+        lambda: flash.attention(q, k, v, **options),
     )
-    record_property("overhead_us", 1e6 * cost)
-    assert cost < LIMIT, f"{1e6 * cost:.1f} us"
+    check(door, record_property)
 
 
-def test_as_sdpa(record_property: Callable[[str, object], None]) -> None:
-    """With a backend of one's own: torch's own path is not measured here."""
+@pytest.mark.parametrize("door", ["as_sdpa", "activate"])
+def test_sdpa(door: str, record_property: Record) -> None:
     q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
 
     def inside() -> None:
-        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        scaled_dot_product_attention(q, k, v)
 
-    with flash.as_sdpa("reference"):
-        cost = added(
-            inside, lambda: flash.attention(q, k, v, layout="bhsd", backend="reference")
-        )  # fmt: skip
-    record_property("overhead_us", 1e6 * cost)
-    assert cost < LIMIT, f"{1e6 * cost:.1f} us"
+    def direct() -> None:
+        flash.attention(q, k, v, layout="bhsd", backend="reference")
+
+    slow = fast = float("inf")
+    for attempt in range(100):  # the direct call is measured outside
+        fast = min(fast, best(direct, rounds=10))
+        if door == "as_sdpa":
+            with flash.as_sdpa("reference"):
+                slow = min(slow, best(inside, rounds=10))
+        else:
+            flash.activate("reference")
+            try:
+                slow = min(slow, best(inside, rounds=10))
+            finally:
+                flash.deactivate()
+        if attempt >= 10 and slow - fast < LIMIT:
+            break
+    check(slow - fast, record_property)

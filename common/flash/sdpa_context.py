@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from flash.calls import run_dense, wants_gradient
+from flash.calls import any_autocast, launch, prepare_dense, under_autocast, wants_gradient
 from flash.capability import DTYPES
 from flash.dispatch import Decision, Request, record, resolve
 from flash.options import backend_name, flag
@@ -51,11 +51,15 @@ class as_sdpa(TorchFunctionMode):
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Any:  # fmt: skip
         try:
-            if self._serves(query, key, value):
-                if attn_mask is None and dropout_p == 0.0 and _regular(query, key, value):
-                    causal = "top-left" if flag("is_causal", is_causal) else False
-                    options = (causal, None, scale, 0.0, False, None, "bhsd", self.backend)
-                    return run_dense(query, key, value, options, (None, None, None), False, None)
+            if not self._stands_in(query, key, value):
+                pass
+            elif attn_mask is None and dropout_p == 0.0 and _regular(query, key, value):
+                causal = "top-left" if flag("is_causal", is_causal) else False
+                options = (causal, None, scale, 0.0, False, None, "bhsd", self.backend)
+                found = _run(query, key, value, options)
+                if found is not None:
+                    return found
+            elif self._serves(query, key, value):
                 return sdpa(
                     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                     backend=self.backend,
@@ -66,14 +70,17 @@ class as_sdpa(TorchFunctionMode):
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    def _serves(self, q: Any, k: Any, v: Any) -> bool:
-        """A generation would run a plain call; errors of any other kind come from `sdpa`."""
+    def _stands_in(self, q: Any, k: Any, v: Any) -> bool:
         if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
             record_torch(q, v, self.backend, f"the query is a {type(q).__name__}, no plain tensor")
             return False
         if not _flash_enabled():
             record_torch(q, v, self.backend, "flash attention is switched off in torch")
             return False
+        return True
+
+    def _serves(self, q: Any, k: Any, v: Any) -> bool:
+        """A generation would run a plain call; errors of any other kind come from `sdpa`."""
         if q.dtype not in DTYPES or not q.ndim * v.ndim:
             return True
         gradient = wants_gradient(q, k, v)
@@ -86,9 +93,22 @@ class as_sdpa(TorchFunctionMode):
         return True
 
 
+def _run(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Tensor | None:
+    """flash.attention's steps; None when PyTorch would be chosen."""
+    if any_autocast():
+        q, k, v = under_autocast(q, k, v)
+    ready = prepare_dense(q, k, v, options, (None, None, None))
+    if ready.job is not None and ready.job.decision.backend == "torch":
+        record(ready.job.decision)
+        return None
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return launch(ready, q, k, v, None)[0].transpose(1, 2)
+
+
 def _regular(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Nothing is left for flash.sdpa to check or to reshape."""
-    return q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    shape, other = q.shape, k.shape
+    return len(shape) == len(other) == 4 and shape[1] == other[1] and shape[0] == other[0]
 
 
 def _unchecked(func: Callable[..., Any]) -> Callable[..., Any]:

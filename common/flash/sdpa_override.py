@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash.calls import prepare_dense
 from flash.checks import check_inputs
 from flash.dispatch import record, resolve
 from flash.engines import torch_sdpa
 from flash.errors import BackendUnavailableError, unsupported
-from flash.execute import request_of, run_backward, run_forward, settle
+from flash.execute import request_of, run_backward, run_forward
 from flash.options import backend_name, make_spec
 from flash.sdpa_fallback import REFUSALS, record_torch
 
@@ -103,11 +104,9 @@ def _turn(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float, scale: Any) -> Any:
+def _no_dropout(dropout: float) -> None:
     if dropout:
         raise unsupported("dropout_p", dropout, "0", "torch's own kernel runs")
-    check_inputs(q, k, v, "bhsd")
-    return make_spec("top-left" if causal else False, None, scale, 0.0, False, q.shape[-1])
 
 
 def _forward(
@@ -115,16 +114,21 @@ def _forward(
     like_query: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """(out, lse); None when torch's own kernel shall run."""
+    options = ("top-left" if causal else False, None, scale, 0.0, False, None, "bhsd", backend)
     try:
-        spec = _check(q, k, v, causal, dropout, scale)
-        tq, tk, tv = _turn(q, k, v)
-        job = settle(tq, tk, tv, spec, backend)
+        _no_dropout(dropout)
+        ready = prepare_dense(q, k, v, options, (None, None, None))
     except REFUSALS as why:
         record_torch(q, v, backend, why)
+        return None
+    job = ready.job
+    if job is None:
+        record_torch(q, v, backend, "the call is traced, not run")
         return None
     record(job.decision)
     if job.decision.backend == "torch":
         return None
+    tq, tk, tv = _turn(q, k, v)
     out = torch.empty_like(q).transpose(1, 2) if like_query else None
     found, lse = run_forward(job, tq, tk, tv, out=out)
     return found.transpose(1, 2), lse
@@ -136,7 +140,9 @@ def _backward(
 ) -> tuple[Tensor, ...] | None:  # fmt: skip
     q, k, v, out, lse = saved
     try:
-        spec = _check(q, k, v, causal, dropout, scale)
+        _no_dropout(dropout)
+        check_inputs(q, k, v, "bhsd")
+        spec = make_spec("top-left" if causal else False, None, scale, 0.0, False, q.shape[-1])
         tdout, tq, tk, tv, tout = _turn(dout, q, k, v, out)
         request = request_of(tq, tk, tv, spec, backend, direction="backward")
         decision = resolve(request, q.device)
