@@ -124,6 +124,7 @@ def test_excluded_by_sdpa_kernel() -> None:
 @both
 def test_nothing_is_left_behind(door: Door) -> None:
     before, given = dict(torch_sdpa.OWN), draw(heads=4)
+    order = torch._C._get_sdp_priority_order()
     for _ in range(2):
         with door("v1"):
             pass
@@ -132,6 +133,7 @@ def test_nothing_is_left_behind(door: Door) -> None:
     sdpa(*given)
     assert served_by() == "reference"
     assert before == torch_sdpa.OWN
+    assert order == torch._C._get_sdp_priority_order()
 
 
 def test_threads() -> None:

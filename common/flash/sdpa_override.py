@@ -65,6 +65,7 @@ class Override:
     def __init__(self, backend: str) -> None:
         self.library = torch.library.Library("aten", "IMPL")
         self.before = dict(torch_sdpa.OWN)
+        self.order = _flash_first()
         _handle[:] = [self]
         for key, operator in OPERATORS.items():
             if key == "CUDA" and torch.version.cuda is None:
@@ -86,7 +87,19 @@ class Override:
     def remove(self) -> None:
         self.library._destroy()
         torch_sdpa.OWN.update(self.before)
+        if self.order:
+            torch._C._set_sdp_priority_order(self.order)
         _handle.clear()
+
+
+def _flash_first() -> list[int]:
+    """Torch asks flash attention before cuDNN; returns the order that was."""
+    if not hasattr(torch._C, "_set_sdp_priority_order"):
+        return []
+    order = [int(x) for x in torch._C._get_sdp_priority_order()]
+    flash = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
+    torch._C._set_sdp_priority_order([flash, *(x for x in order if x != flash)])
+    return order
 
 
 def _original(operator: str, key: str) -> Kernel:
