@@ -96,6 +96,9 @@ def _flash_first() -> list[int]:
     """Torch asks flash attention before cuDNN; returns the order that was."""
     if not hasattr(torch._C, "_set_sdp_priority_order"):
         return []
+    if torch.cuda.is_available():  # torch settles its order at its first choice, over any other
+        x = torch.empty(1, 1, 8, 8, dtype=torch.float16, device="cuda")
+        torch._fused_sdp_choice(x, x, x)
     order = [int(x) for x in torch._C._get_sdp_priority_order()]
     flash = int(torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
     torch._C._set_sdp_priority_order([flash, *(x for x in order if x != flash)])
