@@ -48,18 +48,22 @@ def digest(version: str, root: Path = ROOT) -> str:
     return total.hexdigest()[:12]
 
 
-def instances(version: str, root: Path = ROOT) -> dict[str, list[str]]:
-    """The kernels that CMakeLists.txt lists: direction -> dtype:head_dim[:head_dim_v]."""
+def instances(version: str, root: Path = ROOT, *, unproven: bool = False) -> dict[str, list[str]]:
+    """The kernels that CMakeLists.txt lists: direction -> dtype:head_dim[:head_dim_v].
+
+    Those marked as unproven on a GPU are left out, or with `unproven` the only ones.
+    """
     text = re.sub(r"#[^\n]*", "", (root / "CMakeLists.txt").read_text())
     call = re.search(rf"flash_add_version\({version}\b(.*?)\)", text, re.S)
     words = call[1].split() if call else []
     listed: dict[str, list[str]] = {"forward": [], "backward": []}
-    direction = ""
+    prefix = "unproven_" if unproven else ""
+    heading = ""
     for word in words:
-        if word.lower() in listed:
-            direction = word.lower()
-        elif direction and ":" in word:
-            listed[direction].append(word)
+        if word.isupper() and ":" not in word:
+            heading = word.lower()
+        elif ":" in word and heading in {prefix + direction for direction in listed}:
+            listed[heading.removeprefix(prefix)].append(word)
     return listed
 
 

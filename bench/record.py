@@ -15,6 +15,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("flash-attn", "flash-attn-4", "xformers", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
+PENDING = "pending.json"  # versions whose present sources have no passing GPU run, and why
 Row = dict[str, Any]
 
 
@@ -77,6 +78,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(text + "\n")
     os.replace(draft, path)
+
+
+def pending(results: Path = RESULTS) -> dict[str, Row]:
+    """Version -> {digest, why}: the exceptions to the rule that what is listed has passed."""
+    return read(results / PENDING)
 
 
 def merge(rows: Iterable[Row], new: Row, key: tuple[str, ...]) -> list[Row]:

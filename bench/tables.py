@@ -37,7 +37,7 @@ def support() -> str:
             continue
         for row in table.rows:
             dims = [", ".join(_dims(row.dims(way))) or "–" for way in ("forward", "backward")]
-            where = row.where() if _built(name, row.dtypes) else "no kernel yet: schedule only"
+            where = row.where() + _reservation(name, row.dtypes)
             rows.append((f"`{name}`", where, ", ".join(row.dtypes), *dims))
     columns = ("backend", "compute capability", "dtypes", "head dims forward", "backward")
     features = [
@@ -50,10 +50,13 @@ def support() -> str:
     return "\n".join([markdown(columns, rows), "", note, "", *features])
 
 
-def _built(version: str, dtypes: Sequence[str]) -> bool:
-    """Does the build list a kernel of any of these dtypes?"""
-    listed = {i.split(":")[0] for names in instances(version).values() for i in names}
-    return any(SHORT[dtype] in listed for dtype in dtypes)
+def _reservation(version: str, dtypes: Sequence[str]) -> str:
+    """What a row of the table cannot promise yet."""
+    for unproven, text in ((False, ""), (True, "; unproven, built with `FLASH_UNPROVEN=1`")):
+        kernels = instances(version, unproven=unproven).values()
+        if {i.split(":")[0] for names in kernels for i in names} & {SHORT[d] for d in dtypes}:
+            return text
+    return "; no kernel yet, schedule only"
 
 
 def _dims(pairs: Iterable[tuple[int, int]]) -> list[str]:
@@ -115,6 +118,9 @@ def tested(folder: Path) -> str:
 def overview(results: Path) -> str:
     """The README's share: one length per head dim and mask; the rest stands beside the data."""
     parts = []
+    for version, entry in sorted(record.pending(results).items()):
+        parts += [f"**`{version}` has not passed its GPU tests with its present sources** "
+                  f"({entry['digest']}): {entry['why']}", ""]  # fmt: skip
     for folder in folders(results):
         link = f"bench/results/{folder.name}"
         for path in speed_files(folder):
@@ -123,8 +129,9 @@ def overview(results: Path) -> str:
                 parts += [f"**{title(path)}** — {heading(content)}", "",
                           speeds(content, [OVERVIEW_SEQLEN]), "",
                           worst_errors(content), ""]  # fmt: skip
-        parts += [f"16384 tokens, 2048 / d heads, N(0, 1), median of a burst; all lengths, the "
-                  f"tests that passed and the raw data: [{link}]({link}/README.md)."]  # fmt: skip
+        if speed_files(folder):
+            parts += ["16384 tokens, 2048 / d heads, N(0, 1), median of a burst.", ""]
+        parts += [f"GPU tests, all lengths and the raw data: [{link}]({link}/README.md)."]
     return "\n".join(parts) or "Nothing has been measured yet."
 
 

@@ -14,6 +14,8 @@ set(FLASH_ARCHS "${found_ARCHS}" CACHE STRING "GPU architectures, for example 75
 foreach(subset VERSIONS DTYPES HEAD_DIMS DIRECTIONS)
   set(FLASH_${subset} "$ENV{FLASH_${subset}}" CACHE STRING "build only these (empty: all)")
 endforeach()
+set(FLASH_UNPROVEN "$ENV{FLASH_UNPROVEN}" CACHE STRING
+  "also build kernels whose GPU tests have not passed")
 if(NOT FLASH_ARCHS)
   message(STATUS "flash: no GPU here and no FLASH_ARCHS: no kernels")
   return()

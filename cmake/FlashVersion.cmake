@@ -1,4 +1,5 @@
-# flash_add_version(name NAMESPACE v2 OLDEST_ARCH 80 | ONLY_ARCH 90a FORWARD ... BACKWARD ...):
+# flash_add_version(name NAMESPACE v2 OLDEST_ARCH 80 | ONLY_ARCH 90a FORWARD ... BACKWARD ...
+#                   UNPROVEN_FORWARD ... UNPROVEN_BACKWARD ...):
 # the target `name`, a Python module name/_kernels.so built from one translation unit per instance.
 
 set(flash_element_fp16 fp16)
@@ -77,7 +78,11 @@ function(flash_instances sources types name namespace direction)
 endfunction()
 
 function(flash_add_version name)
-  cmake_parse_arguments(arg "" "NAMESPACE;OLDEST_ARCH;ONLY_ARCH" "FORWARD;BACKWARD" ${ARGN})
+  cmake_parse_arguments(arg "" "NAMESPACE;OLDEST_ARCH;ONLY_ARCH" "FORWARD;BACKWARD;UNPROVEN_FORWARD;UNPROVEN_BACKWARD" ${ARGN})
+  if(FLASH_UNPROVEN)
+    list(APPEND arg_FORWARD ${arg_UNPROVEN_FORWARD})
+    list(APPEND arg_BACKWARD ${arg_UNPROVEN_BACKWARD})
+  endif()
   flash_wanted(version_wanted VERSIONS ${name})
   flash_gencode(gencode "${arg_OLDEST_ARCH}" "${arg_ONLY_ARCH}")
   flash_instances(forward FLASH_FORWARD ${name} ${arg_NAMESPACE} forward ${arg_FORWARD})

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 FINDING = re.compile(r"C75\d\d|[1-9]\d* bytes spill")
+SPILL = re.compile(r"(\d+) bytes spill stores")
+# Spills that were looked at and left, in bytes per thread; more of them, or elsewhere, is an error.
+KNOWN_SPILLS = {"v2_parallel/forward_bf16_128": 20, "v2_parallel/forward_fp16_128": 20}
 
 
 def main(arguments: list[str]) -> int:
@@ -26,8 +29,16 @@ def main(arguments: list[str]) -> int:
     findings = [line for line in said.splitlines() if FINDING.search(line)]
     if findings:
         sys.stderr.write("\n".join([f"ptxas findings in {command[-1]}:", *findings, ""]))
-        return 1 if strict == "--strict=ON" else 0
+        return int(strict == "--strict=ON" and not known(command[-1], findings))
     return 0
+
+
+def known(target: str, findings: list[str]) -> bool:
+    """Is this nothing but the spill that KNOWN_SPILLS allows this kernel?"""
+    allowed = next((n for name, n in KNOWN_SPILLS.items() if f"/{name}.cu" in target), 0)
+    sizes = [match for line in findings for match in SPILL.findall(line)]
+    serialized = any("C75" in line for line in findings)
+    return not serialized and max(map(int, sizes), default=0) <= allowed
 
 
 if __name__ == "__main__":

@@ -63,7 +63,6 @@ __device__ __forceinline__ void store_state(const typename Traits::Output& O,
   using Element = typename Traits::Element;
   using Rows = typename Traits::ValueRows;
   store_lse(softmax, p, tile);
-
   const int lane = threadIdx.x % 32;
   const Team<Traits>& team = softmax.team;
   const uint32_t sO = smem.q + team.first_row * Traits::QueryRows::kRowBytes;
