@@ -14,7 +14,11 @@ from pathlib import Path
 FINDING = re.compile(r"C75\d\d|[1-9]\d* bytes spill")
 SPILL = re.compile(r"(\d+) bytes spill stores")
 # Spills that were looked at and left, in bytes per thread; more of them, or elsewhere, is an error.
-KNOWN_SPILLS = {"v2_parallel/forward_bf16_128": 20, "v2_parallel/forward_fp16_128": 20}
+KNOWN_SPILLS = {
+    "v1_tiling/forward_bf16_128": 8,  # sm_80, plain scores
+    "v2_parallel/forward_bf16_128": 16,  # sm_90; 4 with plain scores
+    "v2_parallel/forward_fp16_128": 16,
+}
 
 
 def main(arguments: list[str]) -> int:
