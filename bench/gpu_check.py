@@ -30,6 +30,7 @@ SHARED_TESTS = (
     "test_forward", "test_backward", "test_properties", "test_properties_layout", "test_varlen",
     "test_sdpa", "test_ops",
 )  # fmt: skip
+HANG_SECONDS = 60  # for one test; the slowest took under 5 s on one H200
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 KEY = ("direction", "dtype", "head_dim", "mask", "seqlen", "competitor")
 
@@ -95,6 +96,8 @@ def run_tests(folder: Path, head: dict[str, Any], args: argparse.Namespace) -> b
         command = ["-m", "pytest", *targets, "-q", f"--junitxml={report}"]
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(args.workers)]
+        if importlib.util.find_spec("pytest_timeout"):  # a hung kernel costs a worker, not the run
+            command += ["--timeout", str(HANG_SECONDS), "--timeout-method", "thread"]
         command += ["-k", select] if select else []
         subprocess.run([sys.executable, *command], cwd=digest.ROOT, check=False)
         outcomes = read_report(report)
