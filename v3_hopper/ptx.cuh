@@ -81,6 +81,14 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Do one producer and some consumer warpgroups get along with what the CTA was launched with: an
+// even share of 65536 registers in steps of 8? A warpgroup that asks for more waits forever.
+constexpr bool registers_fit(int consumers, int producer_registers, int consumer_registers) {
+  const int warpgroups = consumers + 1;
+  const int at_launch = 65536 / (warpgroups * 128) / 8 * 8;
+  return producer_registers + consumers * consumer_registers <= warpgroups * at_launch;
+}
+
 // Every warp of a warpgroup gives registers back, or waits until it has that many.
 template <int kRegisters>
 __device__ __forceinline__ void shrink_registers() {

@@ -75,8 +75,9 @@ struct Traits {
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesQ = Tuned::kStagesQ;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
-  static constexpr int kProducerRegisters = kTight ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kTight ? 240 : 232;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static_assert(registers_fit(kConsumers, kProducerRegisters, kConsumerRegisters));
 
   // In shared memory a tile is a row of chunks, each 128 bytes wide; TMA fills columns beyond the
   // head dim with zeros.
