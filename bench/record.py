@@ -25,10 +25,12 @@ def slug(gpu: str) -> str:
 
 
 def commit() -> str:
-    """The commit that was measured; empty outside a clone."""
+    """The commit that was measured: of this clone, or the one that `git archive` wrote down."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    archived = (here / "archived_commit.txt").read_text().strip()
+    return found or ("" if archived.startswith("$") else archived[:12])
 
 
 def environment(board: dict[str, Any]) -> dict[str, Any]:

@@ -134,6 +134,16 @@ def test_compiles_without_a_break(function: Callable[..., Tensor], dynamic: bool
             torch.testing.assert_close(a, b)
 
 
+def test_inductor_compiles_forward_and_backward() -> None:
+    """With the compiler that `torch.compile` uses when none is named."""
+    torch._dynamo.reset()
+    given = dense(grad=True)
+    expected = torch.autograd.grad(featured(*given), given)
+    found = torch.autograd.grad(torch.compile(featured, fullgraph=True)(*given), given)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_packed_compiles_without_a_break() -> None:
     torch._dynamo.reset()
     cu_q, cu_k, _, _ = lengths()

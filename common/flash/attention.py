@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flash import backward_call, calls
-from flash.checks import check_inputs
-from flash.checks_more import check_descale, check_varlen
-from flash.options import backend_name, check_precision, flag, make_spec, refuse_unknown
+from flash import backward_call, calls, varlen_call
+from flash.options import refuse_unknown
 
 _ATTENTION = (
     "q", "k", "v", "causal", "window", "scale", "softcap", "q_descale", "k_descale", "v_descale",
@@ -100,21 +98,10 @@ def attention_varlen(
     """
     if unknown:
         refuse_unknown("attention_varlen", unknown, _VARLEN)
-    if calls.any_autocast():
-        q, k, v = calls.under_autocast(q, k, v)
-    name = backend_name(backend)
-    check_inputs(q, k, v, "packed")
-    spec = make_spec(causal, window, scale, softcap, deterministic, q.shape[-1])
-    fp8 = check_precision(precision, q.dtype, calls.HALF)
-    varlen = check_varlen(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    descale = check_descale(q, k, (q_descale, k_descale, v_descale), varlen)
-    flag("return_lse", return_lse)
-    parts = (spec, name, False, fp8, scale, descale, varlen)
-    ready = calls.finish_checks(q, k, v, parts, calls.eager())
-    target = None if out is None else calls.check_out(out, q, k, v, ready)
-    found, lse = calls.launch(ready, q, k, v, target)
-    found = found if out is None else out
-    return (found, lse) if return_lse else found
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    scales = (q_descale, k_descale, v_descale)
+    options = (causal, window, scale, softcap, deterministic, precision, backend)
+    return varlen_call.run(q, k, v, lengths, options, scales, return_lse, out)
 
 
 def attention_backward(

@@ -111,29 +111,43 @@ def prepare_dense(
     q: Any, k: Any, v: Any, options: tuple[Any, ...], scales: tuple[Any, Any, Any]
 ) -> Ready:
     """The checked call; plain calls are remembered by everything that their checks read."""
-    key = None
     direct = eager()
-    if direct and scales[0] is scales[1] is scales[2] is None:
-        try:
-            key = (
-                q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
-                v.dtype, q.device, k.device, v.device, type(q), type(k), type(v),
-                (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
-                torch.are_deterministic_algorithms_enabled(),
-                q.is_cuda and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-                options, *map(type, options), *map(type, options[1] or ()),
-            )  # fmt: skip
-            found = _ready.get(key)
-        except (AttributeError, TypeError):
-            key = found = None
-        if found is not None:
-            return found
+    plain = direct and scales[0] is scales[1] is scales[2] is None
+    key = memory_key(q, k, v, options) if plain else None
+    if key is not None and (found := remembered(key)) is not None:
+        return found
     ready = check_dense(q, k, v, options, scales, direct)
     if key is not None and ready.job is not None:
-        if len(_ready) >= _MAX_READY:
-            _ready.clear()
-        _ready[key] = ready
+        remember(key, ready)
     return ready
+
+
+def memory_key(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Everything that the checks of a plain call read; None if these are no tensors."""
+    try:
+        return (
+            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
+            v.dtype, q.device, k.device, v.device, type(q), type(k), type(v),
+            (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            q.is_cuda and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+            options, *map(type, options), *map(type, options[1] or ()),
+        )  # fmt: skip
+    except (AttributeError, TypeError):
+        return None
+
+
+def remembered(key: tuple[Any, ...]) -> Ready | None:
+    try:
+        return _ready.get(key)
+    except TypeError:  # an option that has no hash: the checks will say what it must be
+        return None
+
+
+def remember(key: tuple[Any, ...], ready: Ready) -> None:
+    if len(_ready) >= _MAX_READY:
+        _ready.clear()
+    _ready[key] = ready
 
 
 def check_dense(
