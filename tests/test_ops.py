@@ -134,6 +134,7 @@ def test_compiles_without_a_break(function: Callable[..., Tensor], dynamic: bool
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_inductor_compiles_forward_and_backward() -> None:
     """With the compiler that `torch.compile` uses when none is named."""
     torch._dynamo.reset()
