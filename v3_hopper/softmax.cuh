@@ -73,8 +73,9 @@ __device__ __forceinline__ void mask(float (&s)[Traits::kBlockKV / 2], const Seq
   }
 }
 
-// Raises the reference of the exponentials where a score exceeds it by the slack, which is rare:
-// then O must be rescaled by `correction`, and true is returned. The same for all of a warp.
+// Raises the reference of the exponentials in rows where a score exceeds it by the slack, which is
+// rare: then O must be rescaled by `correction`, and true is returned, to all of a warp. A row
+// depends on its own scores alone, so that its bits are the same whatever its neighbours are.
 template <class Traits>
 __device__ __forceinline__ bool update(const float (&s)[Traits::kBlockKV / 2], RowState& state,
                                        float (&correction)[2], const Scale& scale) {
@@ -92,7 +93,7 @@ __device__ __forceinline__ bool update(const float (&s)[Traits::kBlockKV / 2], R
     float& highest = block_max[half];
     highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
     highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-    highest = fmaxf(highest, state.row_max[half]);
+    if (!(highest > state.row_max[half] + scale.slack)) highest = state.row_max[half];
     const float reference = highest == -INFINITY ? 0.0f : highest;
     correction[half] = fast_exp2((state.row_max[half] - reference) * scale.to_log2);
     state.row_max[half] = highest;
