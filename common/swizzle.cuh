@@ -15,7 +15,7 @@ struct SwizzledRows {
   // Chunks that change places among themselves: 8 when one row fills all banks, else 4.
   static constexpr int kSpan = kDim % 64 == 0 ? 8 : 4;
 
-  static __device__ __forceinline__ int offset(int row, int chunk) {
+  static constexpr __host__ __device__ __forceinline__ int offset(int row, int chunk) {
     const int permutation = kSpan == 8 ? row & 7 : (row >> 1) & 3;
     return row * kRowBytes + ((chunk ^ permutation) << 4);
   }
