@@ -1,0 +1,288 @@
+"""The transformers door: small models of random weights against transformers' own attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from door_pages import run_example
+from torch import Tensor
+
+import flash
+from flash.compat import transformers as door
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH, LENGTH, VOCABULARY = 3, 24, 96
+SIZES = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4}
+DECODER = {
+    **SIZES, **HEADS, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64, "attention_dropout": 0.0, "initializer_range": 0.1,
+}  # fmt: skip
+WINDOW = {**DECODER, "sliding_window": 7}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
+    "qwen": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**DECODER, head_dim=64)
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**WINDOW)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **WINDOW, head_dim=64, attn_logit_softcapping=2.0, query_pre_attn_scalar=64
+        )
+    ),
+    "bert": lambda: transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            **SIZES, **HEADS, vocab_size=VOCABULARY, max_position_embeddings=64,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
+        )
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(**SIZES, **HEADS, image_size=32, patch_size=8, num_labels=5)
+    ),
+}  # fmt: skip
+GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+DECODERS = ("llama", "qwen", "mistral", "gemma2")
+# torch on a CPU and whatever is newest on a GPU; then each generation
+SERVED = [
+    ("auto", torch.bfloat16 if DEVICE == "cuda" else torch.float32), ("v1", torch.float32),
+    ("v2", torch.bfloat16), ("v3", torch.bfloat16),
+]  # fmt: skip
+each = pytest.mark.parametrize("model", MODELS)
+decoders = pytest.mark.parametrize("model", DECODERS)
+
+
+def served(backend: str, dtype: torch.dtype) -> bool:
+    """On a GPU, whether this machine has the kernels; the schedules are everywhere."""
+    x = torch.zeros(1, 8, 4, 64, dtype=dtype, device=DEVICE)
+    try:
+        flash.attention(x, x, x, backend=backend)
+    except flash.BackendUnavailableError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=32)
+def made(model: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(1)
+    return MODELS[model]().to(DEVICE, dtype).eval()
+
+
+def inputs(model: str, padding: str | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(2)
+    if model == "vit":
+        return {"pixel_values": torch.randn(BATCH, 3, 32, 32, device=DEVICE).to(dtype)}
+    given = {"input_ids": torch.randint(0, VOCABULARY, (BATCH, LENGTH), device=DEVICE)}
+    if padding is not None:
+        given["attention_mask"] = padded(padding)
+    return given
+
+
+def padded(side: str) -> Tensor:
+    """One row without padding, one with a little, one with much."""
+    places = torch.arange(LENGTH, device=DEVICE)
+    hidden = torch.tensor([0, 2, 9], device=DEVICE)[:, None]
+    if side == "left":
+        return (places >= hidden).long()
+    right = (places < LENGTH - hidden).long()
+    return right if side == "right" else right * (places >= 3)
+
+
+@torch.no_grad()
+def logits(model: str, attention: str, dtype: torch.dtype, given: dict[str, Tensor]) -> Tensor:
+    network = made(model, dtype)
+    network.set_attn_implementation(attention)
+    given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in given.items()}
+    options = {} if model in ("vit", "bert") else {"use_cache": False}
+    found: Tensor = network(**given, **options).logits
+    mask = given.get("attention_mask")
+    return (found if mask is None else found[mask.bool()]).double()
+
+
+def check(model: str, backend: str, dtype: torch.dtype, given: dict[str, Tensor]) -> None:
+    """Off eager in float32 by at most twice what transformers' sdpa is in the same dtype."""
+    own = "eager" if model == "gemma2" else "sdpa"  # transformers has no sdpa for its softcap
+    exact = logits(model, "eager", torch.float32, given)
+    allowed = 2 * (logits(model, own, dtype, given) - exact).abs().max() + 1e-5 * exact.abs().max()
+    name = door.register(backend=backend)
+    error = (logits(model, name, dtype, given) - exact).abs().max()
+    assert error <= allowed, f"{error:.2e} > {allowed:.2e}"
+    last = flash.last_dispatch()
+    assert last is not None
+    assert backend == "auto" or last.backend.startswith(backend)
+
+
+@each
+@pytest.mark.parametrize(("backend", "dtype"), SERVED, ids=str)
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_logits(model: str, backend: str, dtype: torch.dtype, padding: str | None) -> None:
+    if not served(backend, dtype):
+        pytest.skip("no such kernels on this machine")
+    if model == "vit" and padding is not None:
+        return
+    if DEVICE == "cpu" and backend in ("v2", "v3") and padding == "right":
+        return  # the schedules take their time
+    check(model, backend, dtype, inputs(model, padding, dtype))
+
+
+def test_padding_within_a_row() -> None:
+    backend, dtype = SERVED[0]
+    given = inputs("llama", "both", dtype)
+    given["attention_mask"][0, 5:8] = 0
+    check("llama", backend, dtype, given)
+    with pytest.raises(flash.UnsupportedError, match="sliding window"):
+        logits("mistral", door.NAME, dtype, given)
+
+
+@decoders
+@pytest.mark.parametrize("backend", ["auto", "v1"])
+def test_packed_sequences(model: str, backend: str) -> None:
+    dtype = dict(SERVED)[backend]
+    if not served(backend, dtype):
+        pytest.skip("no such kernels on this machine")
+    given = inputs(model, None, dtype)
+    parts = [torch.arange(n, device=DEVICE) for n in (5, 1, LENGTH - 6)]
+    given["position_ids"] = torch.cat(parts)[None].expand(BATCH, -1)
+    check(model, backend, dtype, given)
+
+
+def test_lengths_given_by_the_caller() -> None:
+    dtype = SERVED[0][1]
+    given = inputs("llama", None, dtype)
+    given = {"input_ids": given["input_ids"][:1]}
+    parts = [torch.arange(n, device=DEVICE) for n in (5, LENGTH - 5)]
+    given["position_ids"] = torch.cat(parts)[None]
+    expected = logits("llama", "sdpa", dtype, given)
+    name = door.register()
+    ends = torch.tensor([0, 5, LENGTH], dtype=torch.int32, device=DEVICE)
+    longest = LENGTH - 5
+    # an attention mask says that positions are not to be read for packing
+    network = made("llama", dtype)
+    network.set_attn_implementation(name)
+    with torch.no_grad():
+        found = network(
+            **given, use_cache=False, attention_mask=torch.ones_like(given["input_ids"]),
+            cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest,
+        ).logits  # fmt: skip
+    bar = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(found.double(), expected, atol=bar, rtol=bar)
+
+
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [("llama", "compiled"), *((m, way) for m in DECODERS for way in ("dynamic", "static"))],
+)
+def test_generate(model: str, way: str) -> None:
+    """Token by token the same as eager's, from prompts that are padded on the left."""
+    given = inputs(model, "left", torch.float32)
+    network = made(model, torch.float32)
+    found = []
+    for name in ("eager", door.register()):
+        network.set_attn_implementation(name)
+        found.append(network.generate(**given, **GREEDY, **ways(way)))
+    assert torch.equal(*found)
+
+
+def ways(way: str) -> dict[str, Any]:
+    """How transformers is asked for a cache, compiled steps of decoding included."""
+    if way != "compiled":
+        return {"cache_implementation": way, "disable_compile": True}
+    torch._dynamo.reset()
+    compiled = transformers.CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compiled}
+
+
+def step(network: Any, given: dict[str, Tensor]) -> list[Tensor]:
+    """The loss of a training step and all its gradients."""
+    labels = given["input_ids"]
+    if "attention_mask" in given:
+        labels = labels.masked_fill(given["attention_mask"] == 0, -100)
+    network.zero_grad()
+    loss = network(**given, labels=labels, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(x.grad.clone() for x in network.parameters())]
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("way", ["plain", "checkpointing", "reentrant", "compile"])
+def test_training(model: str, padding: str | None, way: str) -> None:
+    if way == "compile" and model != "llama":
+        return  # tracing takes seconds; what is traced is the same
+    torch.manual_seed(3)
+    network = MODELS[model]().to(DEVICE).train()
+    if way == "compile":  # layers are traced alike
+        network.model.layers = network.model.layers[:1]
+    given = inputs(model, padding, torch.float32)
+    network.set_attn_implementation("eager")
+    expected = step(network, given)
+    network.set_attn_implementation(door.register())
+    if way in ("checkpointing", "reentrant"):
+        options = {"use_reentrant": way == "reentrant"}
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    run = network
+    if way == "compile":
+        torch._dynamo.reset()
+        run = torch.compile(network, backend="aot_eager", fullgraph=padding is not None)
+        run.zero_grad, run.parameters = network.zero_grad, network.parameters
+    for a, b in zip(step(run, given), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+REFUSED: dict[str, Any] = {
+    "s_aux": torch.zeros(4), "sinks": torch.zeros(4), "position_bias": torch.zeros(1),
+    "dropout": 0.1, "head_mask": torch.ones(4), "output_attentions": True, "cache": object(),
+    "attention_chunk_size": 8, "attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_changes_the_mathematics_and_is_not_served_raises(name: str) -> None:
+    attend = transformers.AttentionInterface()[door.register()]
+    q = torch.randn(1, 4, 8, 64)
+    layer = torch.nn.Identity()
+    given = {"attention_mask": None, name: REFUSED[name]}
+    with pytest.raises(flash.UnsupportedError):
+        attend(layer, q, q, q, **given)
+    attend(layer, q, q, q, None, position_ids=torch.zeros(1), use_cache=False, unknown=None)
+
+
+@pytest.mark.parametrize("kind", ["or_mask_function", "and_mask_function", "block_sequence_ids"])
+def test_masks_that_are_not_served_raise(kind: str) -> None:
+    from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
+
+    config = transformers.LlamaConfig(**DECODER, attention_chunk_size=4)
+    config._attn_implementation = door.register()
+    given = {"inputs_embeds": torch.zeros(1, 8, 4), "attention_mask": None, "past_key_values": None}
+    blocks = torch.zeros(1, 8, dtype=torch.int64)
+    extra = blocks if kind == "block_sequence_ids" else lambda b, h, q, k: q == k
+    with pytest.raises(flash.UnsupportedError, match="mask"):
+        create_causal_mask(config, **given, **{kind: extra})
+    with pytest.raises(flash.UnsupportedError, match="mask"):
+        create_chunked_causal_mask(config, **given)
+    assert create_causal_mask(config, **given) is None
+
+
+def test_names() -> None:
+    assert door.register("another", backend="v1", inert=["mine"]) == "another"
+    q = torch.randn(1, 4, 8, 64)
+    transformers.AttentionInterface()["another"](torch.nn.Identity(), q, q, q, None, mine=3)
+    for name in ("my_flash", "", "hub/kernel"):
+        with pytest.raises(ValueError, match="name"):
+            door.register(name)
+    with pytest.raises(ValueError, match="backend"):
+        door.register(backend="v9")
+
+
+def test_page() -> None:
+    run_example("transformers")
