@@ -5,6 +5,7 @@ Parts can be asked for alone and in any order; a later part adds to the files of
   python -m bench.gpu_check --tests [--version v2]
   python -m bench.gpu_check --bench v2 --direction backward [--head-dim 128] [--again]
   python -m bench.gpu_check --sustained v3
+  python -m bench.gpu_check --limits | --memory | --end-to-end | --dram
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from typing import Any
 import torch
 
 from bench import digest, record
-from bench.peers import FP8_NAMES, NAMES, OURS, Case, competitor, draw, error, present
-from bench.timing import Board, Stopwatch
+from flash.study.cases import KEY, Case, paper
+from flash.study.competitors import OURS, competitor, present
+from flash.study.inputs import draw
+from flash.study.measure import Settings, measure
+from flash.study.timing import Board, Stopwatch
 
 SHARED_TESTS = (
     "test_forward", "test_backward", "test_properties", "test_properties_layout", "test_varlen",
@@ -32,7 +36,9 @@ SHARED_TESTS = (
 )  # fmt: skip
 HANG_SECONDS = 60  # for one test; the slowest took under 5 s on one H200
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
-KEY = ("direction", "dtype", "head_dim", "mask", "seqlen", "competitor")
+NAMES = (*OURS, "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
+FP8_NAMES = ("v3", "fa3")
+STUDIES = ("limits", "memory", "end_to_end", "dram")
 
 
 def main() -> int:
@@ -41,7 +47,8 @@ def main() -> int:
         print("bench.gpu_check needs a CUDA device; this machine has none", file=sys.stderr)
         return 2
     board = Board()
-    everything = not (args.tests or args.bench or args.sustained)
+    studies = [name for name in STUDIES if getattr(args, name)]
+    everything = not (args.tests or args.bench or args.sustained or studies)
     folder = args.out / record.slug(torch.cuda.get_device_name(0))
     head = {"environment": record.environment(board.facts()), "commit": record.commit()}
     if args.build or everything:
@@ -53,6 +60,8 @@ def main() -> int:
         run_benches(folder, head, board, args)
     if args.sustained or everything:
         run_sustained(folder, head, board, args)
+    for name in STUDIES if everything else studies:
+        run_study(name, args.out)
     return int(failed)
 
 
@@ -71,6 +80,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help="without the peers beside")
     parser.add_argument("--again", action="store_true", help="also what is up to date")
     parser.add_argument("--sustained", nargs="?", const="all", help="under seconds of load")
+    for name in STUDIES:
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, action="store_true", help=f"python -m bench.{name}")
     parser.add_argument("--minutes", type=float, default=8, help="stop starting cases after this")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     return parser.parse_args()
@@ -80,6 +92,12 @@ def build() -> None:
     """Install the working tree for the GPU of this machine."""
     install = [sys.executable, "-m", "pip", "install", "--no-deps", str(digest.ROOT)]
     subprocess.run(install, check=True)
+
+
+def run_study(name: str, out: Path) -> None:
+    """A study of its own, in its own process; it writes its own file."""
+    command = [sys.executable, "-m", f"bench.{name}", "--out", str(out)]
+    print(f"{name}: rc={subprocess.run(command, cwd=digest.ROOT, check=False).returncode}")
 
 
 # --- tests
@@ -162,7 +180,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
             for dim in dims:
                 for causal in (False, True):
                     for seqlen in args.seqlen or (512, 2048, 8192, 16384):
-                        found.append(Case(direction, dtype, dim, causal, seqlen))
+                        found.append(paper(direction, dtype, dim, causal, seqlen))
     return found
 
 
@@ -187,9 +205,8 @@ def run_benches(folder: Path, head: dict[str, Any], board: Board, args: argparse
         if time.monotonic() > deadline:
             print(f"stopped after {args.minutes} minutes; the same command goes on from here")
             return
-        for row in measure(case, wanted, stopwatch):
-            full = {**row, "date": record.now(), "command": command}
-            rows = record.merge(rows, full, KEY)
+        for row in timed(case, wanted, stopwatch):
+            rows = record.merge(rows, {**row, "command": command}, KEY)
         record.write(path, {**content, "rows": rows})
         line = "  ".join(f"{r['competitor']} {r['tflops']:.0f}" for r in rows if same(r, case))
         print(f"[{number}/{len(todo)}] {' '.join(map(str, case.key().values()))}: {line}",
@@ -209,27 +226,15 @@ def fresh(rows: list[dict[str, Any]], case: Case, name: str) -> bool:
     )
 
 
-def measure(case: Case, wanted: list[str], stopwatch: Stopwatch) -> list[dict[str, Any]]:
-    """One row for each competitor that can run the case."""
-    inputs = draw(case)
-    runs, errors = {}, {}
-    for name in wanted:
-        try:
-            run = competitor(name, case, inputs)
-            errors[name] = error(run(), inputs)
-            runs[name] = run
-        except Exception as problem:
-            print(f"  {name}: {type(problem).__name__}: {str(problem).splitlines()[0][:100]}")
-    timings = stopwatch.race(runs)
-    rows = []
-    for name, timing in timings.items():
-        tflops = case.flops / timing.median / 1e9
-        row = {**case.key(), "competitor": name, "tflops": round(tflops, 2),
-               **timing.as_dict(), "error": float(f"{errors[name]:.3g}")}  # fmt: skip
-        if name in OURS:
-            row["digest"] = digest.digest(OURS[name])
-        rows.append(row)
-    return rows
+def timed(case: Case, wanted: list[str], stopwatch: Stopwatch) -> list[dict[str, Any]]:
+    """One row for each competitor that can run the case; ours name the sources they speak of."""
+    found = measure(case, wanted, stopwatch, Settings())
+    for name, why in found.skipped.items():
+        print(f"  {name}: {why[:100]}")
+    for row in found.rows:
+        if row["competitor"] in OURS:
+            row["digest"] = digest.digest(OURS[row["competitor"]])
+    return found.rows
 
 
 def run_sustained(
@@ -239,7 +244,7 @@ def run_sustained(
     stopwatch, path = Stopwatch(board), folder / "sustained.json"
     for dim in args.head_dim or (64, 128, 256):
         for direction in [args.direction] if args.direction else ("forward", "backward"):
-            case = Case(direction, args.dtype or "bfloat16", dim, False, 8192)
+            case = paper(direction, args.dtype or "bfloat16", dim, False, 8192)
             inputs = draw(case)
             for name in competitors(args.sustained, args.alone, case):
                 content = {**record.read(path), **head}

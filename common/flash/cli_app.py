@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from enum import Enum
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from flash import cli_tables as tables
+from flash.cli_common import (
+    AsJson,
+    Dtype,
+    chosen_device,
+    fail,
+    numbers,
+    progress,
+    say,
+    say_json,
+    sides,
+)
+from flash.cli_study import bench, compare
 from flash.errors import FlashError
 
 app = typer.Typer(
@@ -21,50 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Three generations of exact attention behind one call.",
 )
-USAGE_ERROR = 2
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
-
-
-class Dtype(str, Enum):
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp32 = "fp32"
-    e4m3 = "e4m3"
-
-    @property
-    def torch(self) -> torch.dtype:
-        names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "e4m3": "float8_e4m3fn"}
-        found: torch.dtype = getattr(torch, names[self.value])
-        return found
-
-
-def say(content: Any) -> None:
-    """Tables as wide as the terminal, or as wide as they need when nobody looks."""
-    Console(width=None if sys.stdout.isatty() else 160).print(content)
-
-
-def say_json(content: Any) -> None:
-    print(json.dumps(content, indent=2, default=str))
-
-
-def progress() -> Console:
-    """Where progress goes: standard error, so that standard output stays clean."""
-    return Console(stderr=True)
-
-
-def fail(error: Exception | str) -> typer.Exit:
-    progress().print(f"flash: {error}", style="red", highlight=False, markup=False)
-    return typer.Exit(USAGE_ERROR)
-
-
-def chosen_device(asked: str) -> str:
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked not in ("cpu", "cuda"):
-        raise fail(f"--device must be auto, cpu or cuda, got {asked!r}")
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise fail("--device cuda: torch sees no CUDA device here; see flash doctor")
-    return asked
+for command in (bench, compare):
+    app.command()(command)
 
 
 @app.command()
@@ -142,24 +108,6 @@ def verify(
     else:
         say(tables.verify(where, dtype.value, outcomes, planned, left_out))
     raise typer.Exit(0 if good else 1)
-
-
-def numbers(name: str, text: str, count: int) -> list[int]:
-    """ "4,1024,16,64" -> [4, 1024, 16, 64]."""
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if len(found) != count:
-        raise fail(f"{name} takes {count} whole numbers separated by commas, got {text!r}")
-    return found
-
-
-def sides(text: str) -> tuple[int | None, ...]:
-    """ "128,none" -> (128, None)."""
-    parts = text.lower().replace("none", "-1").split(",")
-    found = numbers("--window", ",".join(parts), 2)
-    return tuple(None if side == -1 else side for side in found)
 
 
 @app.command()

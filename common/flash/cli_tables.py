@@ -17,6 +17,8 @@ from flash.demo import Line, Setting
 from flash.doctor import OK, PROBLEM, Finding
 from flash.options import make_spec
 from flash.picture import census, picture
+from flash.study.files import device_name
+from flash.study.ratios import Comparison
 from flash.tiles import Tile
 from flash.verify import Outcome
 
@@ -124,3 +126,74 @@ def mask_picture(inputs: list[Any], options: dict[str, Any]) -> str:
             cut = Tile(tile.block_q, tile.block_kv)
             return f"{version}:\n{picture(spec, q.shape[1], k.shape[1], cut)}"
     return ""
+
+
+BENCH_COLUMNS = {
+    "TFLOP/s": "tflops", "Time ms": "ms", "P10": "ms_p10", "P90": "ms_p90", "Error": "error",
+    "Memory": "memory_bytes", "MHz": "clock_mhz", "W": "power_w", "Calls": "calls",
+    "Sustained": "sustained_tflops", "J": "sustained_joules", "Sust. MHz": "sustained_clock_mhz",
+    "Sust. W": "sustained_power_w", "repro": "repro",
+}  # fmt: skip
+FIRST_COLUMNS = ("TFLOP/s", "Time ms", "P10", "P90", "Error", "Memory", "MHz", "W")
+FORMS = {"tflops": ".4g", "sustained_tflops": ".4g", "ms": ".4f", "ms_p10": ".4f",
+         "ms_p90": ".4f", "error": ".1e", "sustained_joules": ".3g"}  # fmt: skip
+
+
+def bench_columns(asked: str) -> list[str] | str:
+    """The columns to show, or what is wrong with those asked for."""
+    if not asked:
+        return [*FIRST_COLUMNS, "Sustained", "J"]
+    if asked == "all":
+        return list(BENCH_COLUMNS)
+    by_field = {field: title for title, field in BENCH_COLUMNS.items()}
+    found = [by_field.get(name, name) for name in asked.split(",")]
+    unknown = [name for name in found if name not in BENCH_COLUMNS]
+    if unknown:
+        return f"--columns: no {unknown[0]!r}; of {', '.join(by_field)}"
+    return found
+
+
+def cell(row: dict[str, Any], field: str) -> str:
+    value = row.get(field)
+    if value is None:
+        return "–"
+    if field == "memory_bytes":
+        return size(value)
+    return format(value, FORMS.get(field, "")) if field in FORMS else str(value)
+
+
+def bench(content: dict[str, Any], shown: Sequence[str]) -> RenderableType:
+    from flash.study.cases import of_row
+    from flash.study.measure import describe
+
+    rows = content["rows"]
+    shown = [t for t in shown if any(BENCH_COLUMNS[t] in row for row in rows)]
+    lines, last = [], ""
+    for row in rows:
+        case = describe(of_row(row))
+        cells = [cell(row, BENCH_COLUMNS[title]) for title in shown]
+        lines.append(["" if case == last else case, row["competitor"], row["ran"], *cells])
+        last = case
+    notes = [f"left out: {r['competitor']}, {describe(of_row(r))}: {r['why']}"
+             for r in content["skipped"]]  # fmt: skip
+    notes.append("Error: relative L2 against fp64 on the timed inputs, one head. Time: a burst.")
+    if any(row["ran"] == "schedule" for row in rows):
+        notes.append("A schedule is the algorithm in plain PyTorch: its time says nothing.")
+    title = f"flash bench on {device_name(content)}"
+    return Group(table(title, ("case", "backend", "ran as", *shown), lines),
+                 Text("\n".join(notes), "dim"))  # fmt: skip
+
+
+STYLES = {"slower": "bold red", "faster": "green", "same": "", "modelled": "dim"}
+
+
+def comparison(found: Comparison) -> RenderableType:
+    rows = [(Text(line[0], STYLES[line[0]]), *line[1:]) for line in found.lines()]
+    a, b = found.names
+    head = ("verdict", "case", "backend", f"{a}".capitalize(), f"{b}".capitalize(), "Ratio", "95 %")
+    parts: list[RenderableType] = [table(found.summary(), head, rows)]
+    if found.winners:
+        columns = ("device", "cases", "fastest generation", "ahead by")
+        parts.append(table("Which generation wins where", columns, found.winners))
+    parts.append(Text("Ratio: time before over time after, above 1 is faster.", "dim"))
+    return Group(*parts)

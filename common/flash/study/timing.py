@@ -1,4 +1,4 @@
-"""Times competitors side by side on one GPU: events, a flushed L2, interleaved rounds.
+"""Times competitors side by side: interleaved rounds, on a GPU by events and with L2 flushed.
 
 A median of short rounds is a burst figure; `sustained` runs one call until the clock settles.
 """
@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 Call = Callable[[], object]
+ROUNDS = 5
+MAX_CALLS = 400  # of one competitor in one round
+CLOCKS = 2e9  # of a GPU in a second, about
 
 
 class Board:
@@ -21,6 +24,7 @@ class Board:
 
     def __init__(self) -> None:
         self._nvml: Any = None
+        self.missing = ""
         try:
             import pynvml
 
@@ -50,67 +54,88 @@ class Board:
 
 @dataclass
 class Timing:
-    """Milliseconds of one competitor."""
+    """Milliseconds of one competitor; `rounds` are the medians that show how steady it was."""
 
     median: float
-    low: float  # 20th percentile
-    high: float  # 80th percentile
+    p10: float
+    p90: float
+    rounds: list[float]
     calls: int
     board: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        spread = {"ms": self.median, "ms_p20": self.low, "ms_p80": self.high}
-        rounded = {name: float(f"{value:.5g}") for name, value in spread.items()}
-        return {**rounded, "calls": self.calls, **self.board}
+        figures = {"ms": self.median, "ms_p10": self.p10, "ms_p90": self.p90}
+        rounded = {name: _short(value) for name, value in figures.items()}
+        rounds = [_short(value) for value in self.rounds]
+        return {**rounded, "ms_rounds": rounds, "calls": self.calls, **self.board}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 class Stopwatch:
-    """Event-timed calls, each after a write that empties L2 (and lets the host run ahead)."""
+    """Event-timed calls, each after a write that empties L2."""
 
     def __init__(self, board: Board) -> None:
         self.board = board
+        self.last: dict[str, float] = {}
+        self.submitted = 0.0  # host seconds of a call in the last burst
         size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(max(size, 1 << 26), dtype=torch.int8, device="cuda")
 
-    def burst(self, call: Call, repeats: int) -> list[float]:
+    def burst(self, call: Call, repeats: int, lag: float = 0.0) -> list[float]:
+        """Where the host lags behind by `lag` seconds a call, the queue is held up until it is
+        ahead; else a short call would time the host.
+        """
         pairs = [(_event(), _event()) for _ in range(repeats)]
+        if lag > 0:
+            torch.cuda._sleep(int(CLOCKS * min(0.05, lag * repeats)))
+        begin = time.perf_counter()
         for start, end in pairs:
             self._flush.zero_()
             start.record()
             call()
             end.record()
+        self.submitted = (time.perf_counter() - begin) / repeats
         self.last = self.board.now()  # asked while the queue is still full
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
 
-    def estimate(self, call: Call, warm_ms: float) -> float:
-        """Warms up for `warm_ms` and returns the milliseconds of a call."""
+    def estimate(self, call: Call, warm_ms: float) -> tuple[float, float]:
+        """Warms up for `warm_ms`; milliseconds of a call, and seconds that the host lags behind."""
         call()
-        torch.cuda.synchronize()
-        spent, best = 0.0, float("inf")
+        self._wait()
+        spent, best, host = 0.0, float("inf"), float("inf")
         while spent < warm_ms:
-            times = self.burst(call, 3)
+            times = self.burst(call, 3 if spent else 1)
+            host = min(host, self.submitted)
             spent, best = spent + sum(times), min(best, *times)
-        return best
+        return best, host - best / 1e3
 
-    def race(self, calls: Mapping[str, Call], total_ms: float = 60, rounds: int = 3,
+    def _wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def race(self, calls: Mapping[str, Call], total_ms: float = 60, rounds: int = ROUNDS,
              warm_ms: float = 15) -> dict[str, Timing]:  # fmt: skip
         """Every competitor in every round, so that drift of the clock meets all of them."""
-        repeats = {}
+        repeats, lag = {}, {}
         for name, call in calls.items():
-            each = self.estimate(call, warm_ms)
-            repeats[name] = int(min(400, max(4, total_ms / rounds / max(each, 1e-3))))
-        times: dict[str, list[float]] = {name: [] for name in calls}
+            each, lag[name] = self.estimate(call, warm_ms)
+            least = 3 if each < total_ms else 1
+            fit = int(total_ms / rounds / max(each, 1e-3))
+            repeats[name] = min(MAX_CALLS, max(least, fit))
+        times: dict[str, list[list[float]]] = {name: [] for name in calls}
         boards: dict[str, dict[str, float]] = {}
         for _ in range(rounds):
             for name, call in calls.items():
-                times[name] += self.burst(call, repeats[name])
+                times[name].append(self.burst(call, repeats[name], lag[name]))
                 boards[name] = self.last
-        return {name: _summary(times[name], boards[name]) for name in calls}
+        return {name: summary(times[name], boards[name]) for name in calls}
 
     def sustained(self, call: Call, seconds: float = 2.0) -> dict[str, float]:
-        """Milliseconds, clock, watts and joules of a call when the GPU is kept busy."""
-        each = max(self.estimate(call, 15), 1e-3)
+        """Milliseconds, clock, watts and joules of a call when the device is kept busy."""
+        each = max(self.estimate(call, 15)[0], 1e-3)
         chunk = max(1, int(100 / each))
         begin, calls, seen = time.perf_counter(), 0, []
         while time.perf_counter() - begin < seconds:
@@ -118,7 +143,7 @@ class Stopwatch:
                 call()
             calls += chunk
             seen.append(self.board.now())
-            torch.cuda.synchronize()
+            self._wait()
         ms = (time.perf_counter() - begin) * 1e3 / calls
         late = [b for b in seen[len(seen) // 2 :] if b]
         means = {k: statistics.mean(b[k] for b in late) for k in (late[0] if late else {})}
@@ -126,11 +151,33 @@ class Stopwatch:
         return {"ms": ms, **means, **joules}
 
 
+class HostStopwatch(Stopwatch):
+    """The same on a CPU, by the clock on the wall."""
+
+    def __init__(self) -> None:
+        self.board = Board.__new__(Board)
+        self.board._nvml, self.board.missing = None, "no GPU"
+        self.last, self.submitted = {}, 0.0
+
+    def burst(self, call: Call, repeats: int, lag: float = 0.0) -> list[float]:
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - begin))
+        return times
+
+    def _wait(self) -> None:
+        pass
+
+
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)
 
 
-def _summary(times: list[float], board: dict[str, float]) -> Timing:
-    ordered = sorted(times)
-    low, high = ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5]
-    return Timing(statistics.median(ordered), low, high, len(ordered), board)
+def summary(rounds: list[list[float]], board: dict[str, float]) -> Timing:
+    ordered = sorted(ms for times in rounds for ms in times)
+    tenth = len(ordered) // 10
+    low, high = ordered[tenth], ordered[len(ordered) - 1 - tenth]
+    medians = [statistics.median(times) for times in rounds]
+    return Timing(statistics.median(ordered), low, high, medians, len(ordered), board)

@@ -1,0 +1,1 @@
+"""Measuring and comparing: what `flash bench`, `flash compare` and `flash report` are made of."""
