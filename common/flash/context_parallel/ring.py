@@ -15,7 +15,6 @@ from torch import Tensor
 
 from flash.attention import attention, attention_backward
 from flash.context_parallel.shards import Group, place
-from flash.merge import merge
 
 
 class Step(NamedTuple):
@@ -60,8 +59,17 @@ class Ring:
         return arriving
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, in which partial results are summed."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def absorb(total: Tensor, stats: Tensor, out: Tensor, lse: Tensor) -> None:
+    """`total` and its log-sum-exp `stats` come to be, in place, those of both parts' keys."""
+    joined = torch.logaddexp(stats, lse)
+    weight = torch.exp(lse - torch.where(joined == -torch.inf, 0.0, joined))
+    total.lerp_(out.to(total.dtype), weight.transpose(1, 2).unsqueeze(-1))
+    stats.copy_(joined)
 
 
 class RingAttention(torch.autograd.Function):
@@ -74,20 +82,16 @@ class RingAttention(torch.autograd.Function):
         ring = Ring(group)
         kv, total, stats = [k, v], None, None
         for i in range(ring.size):
-            more = i + 1 < ring.size
-            under_way = ring.start(kv) if more else None
+            under_way = ring.start(kv) if i + 1 < ring.size else None
             step = step_of(ring.rank, (ring.rank - i) % ring.size, causal, q.shape[1])
             part = [x[:, step.keys] for x in kv]
             out, lse = attention(
                 q[:, step.rows], *part, causal=step.causal, return_lse=True, **options
             )
-            out, lse = out.to(_wide(q)), lse.to(_wide(q))
             if total is None or stats is None:  # the first step has all rows
-                total, stats = out, lse
+                total, stats = _wide(out), _wide(lse)
             else:
-                rows = step.rows
-                joined = merge([total[:, rows], out], [stats[:, :, rows], lse])
-                total[:, rows], stats[:, :, rows] = joined
+                absorb(total[:, step.rows], stats[:, :, step.rows], out, lse)
             kv = ring.finish(under_way) if under_way is not None else kv
         assert total is not None
         assert stats is not None
@@ -103,9 +107,7 @@ class RingAttention(torch.autograd.Function):
         group, causal, options = ctx.parts
         ring = Ring(group)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        dq = torch.zeros(q.shape, dtype=_wide(q), device=q.device)
-        dkv = [torch.zeros(x.shape, dtype=_wide(q), device=q.device) for x in (k, v)]
-        kv = [k, v]
+        kv, dq, dkv, sums_under_way = [k, v], None, [], None
         for i in range(ring.size):
             under_way = ring.start(kv) if i + 1 < ring.size else None
             step = step_of(ring.rank, (ring.rank - i) % ring.size, causal, q.shape[1])
@@ -116,11 +118,18 @@ class RingAttention(torch.autograd.Function):
                 dout[:, rows], q[:, rows], kv[0][:, keys], kv[1][:, keys], out[:, rows], stats[0],
                 dlse=stats[1], causal=step.causal, **options,
             )  # fmt: skip
-            dq[:, rows] += found[0]
-            for sums, share in zip(dkv, found[1:], strict=True):
-                sums[:, keys] += share
-            if ring.size > 1:  # sums follow their keys, and come home after the last step
-                dkv = ring.finish(ring.start(dkv))
+            if dq is None or sums_under_way is None:  # the first step has all rows and keys
+                dq, dkv = _wide(found[0]), [_wide(x) for x in found[1:]]
+            else:
+                dq[:, rows] += found[0]
+                dkv = ring.finish(sums_under_way)
+                for sums, share in zip(dkv, found[1:], strict=True):
+                    sums[:, keys] += share
+            # sums follow their keys while the next step computes, and come home after the last
+            sums_under_way = ring.start(dkv)
             kv = ring.finish(under_way) if under_way is not None else kv
+        assert dq is not None
+        assert sums_under_way is not None
+        dkv = ring.finish(sums_under_way)
         grads = (dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype))
         return *grads, None, None, None
