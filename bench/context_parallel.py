@@ -1,0 +1,225 @@
+"""Context parallel attention on the GPUs of one host, beside one GPU's share alone and torch's own.
+
+  torchrun --nproc-per-node 2 -m bench.context_parallel [--tokens-per-gpu 65536] [--json FILE]
+
+Each row is forward plus backward of one causal attention, the slowest process, the median of some
+runs. The share is the same number of score pairs on every GPU at once with nothing to exchange: all
+rows, and heads divided by the number of GPUs. TFLOP/s are per GPU by the papers' convention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flash
+from flash import context_parallel as cp
+
+Run = Callable[[], Any]
+HEADS, HEADS_KV, DIM = 32, 8, 128
+
+
+def main() -> None:
+    args = parse()
+    device = torch.device(args.device, int(os.environ["LOCAL_RANK"]))
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    world, rows = dist.get_world_size(), []
+    for tokens in args.tokens_per_gpu:
+        for name, kind in ways(world).items():
+            if args.only and name not in args.only:
+                continue
+            rows.append(measured(name, kind, tokens, device, args))
+            if dist.get_rank() == 0:
+                print(line(rows[-1], rows), flush=True)
+    if dist.get_rank() == 0 and args.json:
+        with open(args.json, "w") as file:
+            json.dump({"gpus": world, "rows": rows}, file, indent=1)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens-per-gpu", type=int, nargs="+", default=[1 << 16])
+    parser.add_argument("--backend", default="auto", help="as in flash.attention")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--json", default="")
+    return parser.parse_args()
+
+
+def ways(world: int) -> dict[str, Callable[..., Run]]:
+    """What is timed, the share first: all others are compared with it."""
+    found: dict[str, Callable[..., Run]] = {
+        "share alone": share, "ring": ours("ring"), "ulysses": ours("ulysses"),
+    }  # fmt: skip
+    if world >= 4 and world % 2 == 0:
+        found["both"] = ours("both")
+    return {**found, "torch, its flash": torchs(None), "torch, activated": torchs("activate")}
+
+
+def draw(tokens: int, heads: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """q, k, v, dout; N(0, 1)."""
+    shapes = ((1, tokens, n, DIM) for n in (heads[0], heads[1], heads[1], heads[0]))
+    return [torch.randn(*s, device=device, dtype=torch.bfloat16) for s in shapes]
+
+
+def share(tokens: int, device: torch.device, backend: str) -> Run:
+    world = dist.get_world_size()
+    heads = (HEADS // world, max(HEADS_KV // world, 1))
+    *qkv, dout = draw(tokens * world, heads, device)
+    qkv = [x.requires_grad_() for x in qkv]
+
+    def run() -> Any:
+        out = flash.attention(*qkv, causal=True, backend=backend)
+        return out, torch.autograd.grad(out, qkv, dout)
+
+    return run
+
+
+def groups(kind: str) -> dict[str, Any]:
+    """Heads are exchanged within pairs where both are used, the ring is over the pairs."""
+    if kind != "both":
+        return {kind: dist.group.WORLD}
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rings = [dist.new_group(list(range(u, world, 2))) for u in (0, 1)]
+    pairs = [dist.new_group([r, r + 1]) for r in range(0, world, 2)]
+    return {"ring": rings[rank % 2], "ulysses": pairs[rank // 2]}
+
+
+def ours(kind: str) -> Callable[..., Run]:
+    def prepare(tokens: int, device: torch.device, backend: str) -> Run:
+        *qkv, dout = draw(tokens, (HEADS, HEADS_KV), device)
+        qkv, where = [x.requires_grad_() for x in qkv], groups(kind)
+
+        def run() -> Any:
+            out = cp.attention(*qkv, causal=True, backend=backend, **where)
+            return out, torch.autograd.grad(out, qkv, dout)
+
+        return run
+
+    return prepare
+
+
+def torchs(door: str | None) -> Callable[..., Run]:
+    """torch.distributed.tensor.experimental.context_parallel, over its kernels or over ours."""
+
+    def prepare(tokens: int, device: torch.device, backend: str) -> Run:
+        from torch.distributed.tensor.experimental import context_parallel
+
+        world = dist.get_world_size()
+        mesh = init_device_mesh(device.type, (world,))
+        *qkv, _ = draw(tokens * world, (HEADS, HEADS_KV), device)
+        qkv = [x.transpose(1, 2).contiguous() for x in qkv]
+        dout = torch.randn(1, HEADS, tokens, DIM, device=device, dtype=torch.bfloat16)
+
+        def attend(k: Tensor, v: Tensor, **options: Any) -> Any:
+            # by its whole name, under which context_parallel puts its own
+            out = torch.nn.functional.scaled_dot_product_attention(
+                qkv[0], k, v, is_causal=True, **options
+            )
+            return out, torch.autograd.grad(out, qkv, dout)
+
+        def run() -> Any:
+            try:
+                return attend(*qkv[1:], enable_gqa=True)
+            except (NotImplementedError, RuntimeError):  # no grouped heads in this torch
+                return attend(*(x.repeat_interleave(HEADS // HEADS_KV, 1) for x in qkv[1:]))
+
+        def inside(timed: Callable[[Run], Any]) -> Any:
+            everything = {"buffers": qkv, "no_restore_buffers": set(qkv)}
+            with context_parallel(mesh, buffer_seq_dims=[2, 2, 2], **everything):
+                for x in qkv:
+                    x.requires_grad_()
+                if door is not None:
+                    flash.activate(backend)
+                try:
+                    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                        return timed(run)
+                finally:
+                    flash.deactivate()
+
+        run.inside = inside  # type: ignore[attr-defined]
+        return run
+
+    return prepare
+
+
+def measured(
+    name: str, prepare: Callable[..., Run], tokens: int, device: torch.device, args: Any
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "tokens_per_gpu": tokens}
+    try:
+        run = prepare(tokens, device, args.backend)
+        inside = getattr(run, "inside", lambda timed: timed(run))
+        row["ms"] = inside(lambda timed: clocked(timed, device, args.seconds))
+        last = flash.last_dispatch()
+        row["backend"] = "torch" if name == "torch, its flash" or not last else last.backend
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if device.type == "cuda":
+        row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return row
+
+
+def clocked(run: Run, device: torch.device, seconds: float) -> float:
+    """Milliseconds; every process agrees on the number of runs."""
+    run()
+    once = slowest(timed(run, device), device)
+    times = [slowest(timed(run, device), device) for _ in range(max(2, int(seconds / once)))]
+    return round(1e3 * statistics.median(times), 2)
+
+
+def timed(run: Run, device: torch.device) -> float:
+    settled(device)
+    dist.barrier()
+    begin = time.perf_counter()
+    run()
+    settled(device)
+    return time.perf_counter() - begin
+
+
+def settled(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def slowest(seconds: float, device: torch.device) -> float:
+    x = torch.tensor([seconds], dtype=torch.float64, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return float(x)
+
+
+def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """tokens, name, ms, share of linear scaling, TFLOP/s per GPU, peak GiB"""
+    world, tokens = dist.get_world_size(), row["tokens_per_gpu"]
+    head = f"{tokens * world:>8} {row['name']:<18}"
+    if "ms" not in row:
+        return f"{head} {row['error'][:150]}"
+    alone = next((r.get("ms") for r in rows if r["tokens_per_gpu"] == tokens), None)
+    total = tokens * world
+    flops = 3.5 * 4 * HEADS * DIM * total * (total + 1) / 2 / world
+    linear = f"{alone / row['ms']:6.1%}" if alone else "     -"
+    rate = flops / row["ms"] / 1e9
+    memory = f"{row.get('gib', 0):6.1f} GiB"
+    return f"{head} {row['ms']:9.2f} ms {linear} {rate:7.1f} TFLOP/s {memory} {row['backend']}"
+
+
+if __name__ == "__main__":
+    main()
