@@ -3,8 +3,9 @@
   torchrun --nproc-per-node 2 -m bench.context_parallel [--tokens-per-gpu 65536] [--json FILE]
 
 Each row is forward plus backward of one causal attention, the slowest process, the median of some
-runs. The share is the same number of score pairs on every GPU at once with nothing to exchange: all
-rows, and heads divided by the number of GPUs. TFLOP/s are per GPU by the papers' convention.
+runs; of several sizes, the later ones are run by the ring only. The share is the same number of
+score pairs on every GPU at once with nothing to exchange: all rows, and heads divided by the number
+of GPUs. TFLOP/s are per GPU by the papers' convention.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     world, rows = dist.get_world_size(), []
-    for tokens in args.tokens_per_gpu:
+    for place, tokens in enumerate(args.tokens_per_gpu):
         for name, kind in ways(world).items():
-            if args.only and name not in args.only:
+            if name != "ring" and (place or name not in (args.only or [name])):
                 continue
             rows.append(measured(name, kind, tokens, device, args))
             if dist.get_rank() == 0:
@@ -181,8 +182,9 @@ def measured(
 def clocked(run: Run, device: torch.device, seconds: float) -> float:
     """Milliseconds; every process agrees on the number of runs."""
     run()
-    once = slowest(timed(run, device), device)
-    times = [slowest(timed(run, device), device) for _ in range(max(2, int(seconds / once)))]
+    times = [slowest(timed(run, device), device)]
+    more = max(1, int(seconds / times[0]))
+    times += [slowest(timed(run, device), device) for _ in range(more)]
     return round(1e3 * statistics.median(times), 2)
 
 
