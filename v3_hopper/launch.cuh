@@ -4,9 +4,25 @@
 #include "common/backend.h"
 #include "common/launch.cuh"
 #include "v3_hopper/forward.cuh"
+#include "v3_hopper/fp8_forward.cuh"
 #include "v3_hopper/launch_backward.cuh"
 
 namespace flash::v3 {
+
+// The constants and the kernel that serve an instance.
+template <class Instance, bool kFeatured>
+using ForwardTraits =
+    std::conditional_t<kDType<typename Instance::Element> == DType::kFloat8E4M3,
+                       fp8::Traits<Instance, kFeatured>, Traits<Instance, kFeatured>>;
+
+template <class Traits>
+constexpr auto forward_kernel_of() {
+  if constexpr (kDType<typename Traits::Element> == DType::kFloat8E4M3) {
+    return fp8::forward_kernel<Traits>;
+  } else {
+    return forward_kernel<Traits>;
+  }
+}
 
 inline int multiprocessors() {
   int device = 0, count = 0;
@@ -49,20 +65,21 @@ MapShape map_shape(int64_t dim, int64_t rows, int64_t heads, int64_t batch, int 
 
 template <class Traits>
 cudaError_t make_maps(Arguments& args) {
-  using Element = typename Traits::Element;
   const ForwardParams& p = args.p;
   const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = p.cu_seqlens_k != nullptr;
   const int64_t rows_q = packed_q ? p.total_q : p.seqlen_q, batch_q = packed_q ? 1 : p.batch;
   const int64_t rows_k = packed_k ? p.total_k : p.seqlen_k, batch_k = packed_k ? 1 : p.batch;
-  auto map = [](CUtensorMap& to, const View& view, int dim, int64_t rows, int heads, int64_t batch,
-                int box_rows) {
-    return make_map(to, view, map_shape<Element>(dim, rows, heads, batch, box_rows));
+  auto map = [](auto element, CUtensorMap& to, const View& view, int dim, int64_t rows, int heads,
+                int64_t batch, int box_rows) {
+    return make_map(to, view, map_shape<decltype(element)>(dim, rows, heads, batch, box_rows));
   };
+  constexpr typename Traits::Element in = {};
+  constexpr typename Traits::Output out = {};
   const cudaError_t results[] = {
-      map(args.q, p.q, p.head_dim, rows_q, p.heads_q, batch_q, kGroupRows),
-      map(args.k, p.k, p.head_dim, rows_k, p.heads_kv, batch_k, Traits::kBlockKV),
-      map(args.v, p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, Traits::kBlockKV),
-      map(args.o, p.o, p.head_dim_v, rows_q, p.heads_q, batch_q, kGroupRows)};
+      map(in, args.q, p.q, p.head_dim, rows_q, p.heads_q, batch_q, kGroupRows),
+      map(in, args.k, p.k, p.head_dim, rows_k, p.heads_kv, batch_k, Traits::kBlockKV),
+      map(in, args.v, p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, Traits::kBlockKV),
+      map(out, args.o, p.o, p.head_dim_v, rows_q, p.heads_q, batch_q, kGroupRows)};
   for (const cudaError_t result : results) {
     if (result != cudaSuccess) return result;
   }
@@ -80,21 +97,21 @@ cudaError_t launch_traits(const ForwardParams& p) {
   if (tiles > (1 << 30)) return cudaErrorInvalidValue;  // tiles are counted in 32 bits
   const int sms = multiprocessors();
   const dim3 grid(tiles < sms ? int(tiles) : sms);
-  return launch(forward_kernel<Traits>, grid, Traits::kThreads,
+  return launch(forward_kernel_of<Traits>(), grid, Traits::kThreads,
                 int(sizeof(typename Traits::Shared)), p.stream, args);
 }
 
 template <class Instance>
 cudaError_t launch_forward(const ForwardParams& p) {
-  if (count_tiles<Traits<Instance, false>>(p) == 0) return cudaSuccess;
+  if (count_tiles<ForwardTraits<Instance, false>>(p) == 0) return cudaSuccess;
   const bool featured = p.softcap > 0.0f || !(p.scale > 0.0f);
-  return featured ? launch_traits<Traits<Instance, true>>(p)
-                  : launch_traits<Traits<Instance, false>>(p);
+  return featured ? launch_traits<ForwardTraits<Instance, true>>(p)
+                  : launch_traits<ForwardTraits<Instance, false>>(p);
 }
 
 template <class Instance>
 Plan plan_forward(const Problem& p) {
-  using T = Traits<Instance, false>;
+  using T = ForwardTraits<Instance, false>;
   const int64_t tiles = count_tiles<T>(p);
   const int sms = multiprocessors();
   return {T::kBlockQ,
@@ -109,7 +126,7 @@ Plan plan_forward(const Problem& p) {
 template <class Instance>
 cudaError_t probe_forward() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, forward_kernel<Traits<Instance, false>>);
+  return cudaFuncGetAttributes(&attributes, forward_kernel_of<ForwardTraits<Instance, false>>());
 }
 
 }  // namespace flash::v3

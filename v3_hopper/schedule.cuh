@@ -50,6 +50,7 @@ __device__ __forceinline__ void describe(Work& work, const ForwardParams& p, con
   work.row = tile.row;
   if (tile.head < 0) return;
   work.sequence = Sequence(p, tile.sequence);
+  work.index = tile.sequence;
   work.batch = p.cu_seqlens_q ? 0 : tile.sequence;
   work.head_kv = unsigned(tile.head) / (unsigned(p.heads_q) / unsigned(p.heads_kv));
   work.poisoned = 0;

@@ -39,6 +39,7 @@ struct Tuning<256, 256> {
 // One tile of work, written by the scheduling warp and read by everyone else.
 struct Work {
   Sequence sequence;
+  int index;          // of the sequence
   int batch;          // of the tensors: 0 when packed
   int head, head_kv;  // head < 0: no more work
   int row;            // first query row, in its sequence

@@ -57,6 +57,10 @@ struct wgmma;
 #define FLASH_D14 FLASH_D13 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define FLASH_D15 FLASH_D14 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define FLASH_D16 FLASH_D15 ",%120,%121,%122,%123,%124,%125,%126,%127"
+// Half a group more: eight columns.
+#define FLASH_D4H FLASH_D4 ",%32,%33,%34,%35"
+#define FLASH_D6H FLASH_D6 ",%48,%49,%50,%51"
+#define FLASH_D8H FLASH_D8 ",%64,%65,%66,%67"
 #define FLASH_ROW(i)                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -76,6 +80,10 @@ struct wgmma;
 #define FLASH_C14 FLASH_C13, FLASH_ROW(104)
 #define FLASH_C15 FLASH_C14, FLASH_ROW(112)
 #define FLASH_C16 FLASH_C15, FLASH_ROW(120)
+#define FLASH_HALF(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FLASH_C4H FLASH_C4, FLASH_HALF(32)
+#define FLASH_C6H FLASH_C6, FLASH_HALF(48)
+#define FLASH_C8H FLASH_C8, FLASH_HALF(64)
 
 // N columns, R rows of operands, then the numbers of the operands that follow them.
 #define FLASH_WGMMA(N, R, o0, o1, o2, o3, o4, o5, o6, o7)                                        \
@@ -110,10 +118,13 @@ FLASH_WGMMA(16, 1, 8, 9, 10, 11, 12, 13, 14, 15)
 FLASH_WGMMA(32, 2, 16, 17, 18, 19, 20, 21, 22, 23)
 FLASH_WGMMA(48, 3, 24, 25, 26, 27, 28, 29, 30, 31)
 FLASH_WGMMA(64, 4, 32, 33, 34, 35, 36, 37, 38, 39)
+FLASH_WGMMA(72, 4H, 36, 37, 38, 39, 40, 41, 42, 43)
 FLASH_WGMMA(80, 5, 40, 41, 42, 43, 44, 45, 46, 47)
 FLASH_WGMMA(96, 6, 48, 49, 50, 51, 52, 53, 54, 55)
+FLASH_WGMMA(104, 6H, 52, 53, 54, 55, 56, 57, 58, 59)
 FLASH_WGMMA(112, 7, 56, 57, 58, 59, 60, 61, 62, 63)
 FLASH_WGMMA(128, 8, 64, 65, 66, 67, 68, 69, 70, 71)
+FLASH_WGMMA(136, 8H, 68, 69, 70, 71, 72, 73, 74, 75)
 FLASH_WGMMA(144, 9, 72, 73, 74, 75, 76, 77, 78, 79)
 FLASH_WGMMA(160, 10, 80, 81, 82, 83, 84, 85, 86, 87)
 FLASH_WGMMA(176, 11, 88, 89, 90, 91, 92, 93, 94, 95)
@@ -124,5 +135,6 @@ FLASH_WGMMA(240, 15, 120, 121, 122, 123, 124, 125, 126, 127)
 FLASH_WGMMA(256, 16, 128, 129, 130, 131, 132, 133, 134, 135)
 #undef FLASH_WGMMA
 #undef FLASH_ROW
+#undef FLASH_HALF
 
 }  // namespace flash::v3

@@ -1,0 +1,61 @@
+// A consumer's side of the rings in FP8: K and V of a block stand in slots of the same number.
+#pragma once
+
+#include "v3_hopper/fp8_traits.cuh"
+#include "v3_hopper/schedule.cuh"
+
+namespace flash::v3::fp8 {
+
+// Waits return once something has arrived; releases are one arrival per warpgroup, legal once the
+// GEMM that read the slot has been waited for.
+template <class Traits>
+struct Pipes {
+  typename Traits::Shared& shared;
+  const int consumer;
+  Counter tile, block;
+
+  __device__ __forceinline__ const Work& wait_work() const {
+    const int slot = tile.slot<Traits::kWorkSlots>();
+    shared.work_full[slot].wait(tile.parity<Traits::kWorkSlots>());
+    return shared.work[slot];
+  }
+  // The tile is finished: its slot, and the next one's turn.
+  __device__ __forceinline__ void release_work() {
+    sync();  // every thread has read its last of it
+    if (leader()) shared.work_empty[tile.slot<Traits::kWorkSlots>()].arrive();
+    ++tile.passed;
+  }
+
+  __device__ __forceinline__ void wait_q() const {
+    shared.q_full[slot_q()][consumer].wait(tile.parity<Traits::kStagesQ>());
+  }
+  __device__ __forceinline__ unsigned char* tile_q() const { return shared.q[slot_q()][consumer]; }
+  __device__ __forceinline__ void release_q() const {
+    if (leader()) shared.q_empty[slot_q()][consumer].arrive();
+  }
+
+  __device__ __forceinline__ int slot() const { return block.slot<Traits::kStages>(); }
+  __device__ __forceinline__ void wait_k() const {
+    shared.k_full[slot()].wait(block.parity<Traits::kStages>());
+  }
+  __device__ __forceinline__ void release_k() const {
+    if (leader()) shared.k_empty[slot()].arrive();
+  }
+  __device__ __forceinline__ void wait_v() const {
+    shared.v_full[slot()].wait(block.parity<Traits::kStages>());
+  }
+  // The last that a consumer needs of a block.
+  __device__ __forceinline__ void release_v() {
+    if (leader()) shared.v_empty[slot()].arrive();
+    ++block.passed;
+  }
+
+  // Waits for the other threads of this warpgroup.
+  __device__ __forceinline__ void sync() const { named_sync(kDone + consumer, kGroupThreads); }
+
+ private:
+  __device__ __forceinline__ int slot_q() const { return tile.slot<Traits::kStagesQ>(); }
+  __device__ __forceinline__ bool leader() const { return threadIdx.x % kGroupThreads == 0; }
+};
+
+}  // namespace flash::v3::fp8

@@ -1,0 +1,129 @@
+// The online softmax in FP8: scores have a scale per block, P lies in e4m3's range, and every
+// block's P V is promoted into O in fp32.
+#pragma once
+
+#include "v3_hopper/fp8_traits.cuh"
+#include "v3_hopper/softmax.cuh"
+
+namespace flash::v3::fp8 {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLiftLog2 = 8.0f;  // P = 2^8 exp(S - maximum) <= 256, e4m3 ends at 448
+
+// A thread holds parts of two rows, 8 apart; the four threads of a quad share them.
+struct RowState {
+  float row_max[2];  // of the scaled scores, times log2(e)
+  float row_sum[2];  // of P as rounded; whole in the first thread of a quad, others hold zeros
+  float v_descale;   // O is in units of this
+};
+
+// Softcap and scales that are not positive; afterwards S is a score times log2(e).
+template <class Traits>
+__device__ __forceinline__ void feature(float (&s)[Traits::kBlockKV / 2], float softcap,
+                                        float factor) {
+  const bool cap = softcap > 0.0f;
+  const float to_tanh = 2.0f / softcap;
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
+    s[i] *= factor;
+    // tanh(y) = 1 - 2 / (1 + exp(2 y))
+    if (cap) {
+      const float twice = softcap * kLog2E * 2.0f;
+      s[i] = 0.5f * twice - __fdividef(twice, 1.0f + fast_exp2(s[i] * to_tanh));
+    }
+  }
+}
+
+// Raises the maximum by a block of scores, S * to_log2 in its units. What was summed before has to
+// be multiplied by `correction`.
+template <class Traits>
+__device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2], RowState& state,
+                                       float (&correction)[2], float to_log2) {
+  float chain[2][2] = {{s[0], s[1]}, {s[2], s[3]}};  // two for each row
+#pragma unroll
+  for (int i = 4; i < Traits::kBlockKV / 2; ++i) {
+    chain[i / 2 % 2][i % 2] = fmaxf(chain[i / 2 % 2][i % 2], s[i]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float highest = fmaxf(chain[half][0], chain[half][1]);
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+    highest = fmaxf(highest * to_log2, state.row_max[half]);
+    const float reference = highest == -INFINITY ? 0.0f : highest;
+    correction[half] = fast_exp2(state.row_max[half] - reference);
+    state.row_max[half] = highest;
+  }
+}
+
+// Four values of one row as e4m3, the first in the lowest byte.
+__device__ __forceinline__ uint32_t pack_four(float a, float b, float c, float d) {
+  uint32_t packed;
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}\n"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return packed;
+}
+
+// P = 2^8 exp(S - maximum), as a register operand: 16 accumulators become one slab of 32 keys.
+template <class Traits>
+__device__ __forceinline__ void exponentials(uint32_t (&p)[Traits::kBlockKV / 8],
+                                             float (&s)[Traits::kBlockKV / 2],
+                                             const RowState& state, float to_log2) {
+  float offset[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    offset[half] = (state.row_max[half] == -INFINITY ? 0.0f : state.row_max[half]) - kLiftLog2;
+  }
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
+    s[i] = fast_exp2(fmaf(s[i], to_log2, -offset[i / 2 % 2]));
+  }
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockKV / 8; ++i) {
+    const int at = i / 2 * 8 + i % 2 * 2;  // two neighbouring groups of 8 columns, one row
+    p[i] = pack_four(s[at], s[at + 1], s[at + 4], s[at + 5]);
+  }
+}
+
+// The factor that takes O to the new maximum and to units of the new block of V.
+__device__ __forceinline__ void change_units(RowState& state, float (&correction)[2],
+                                             float v_descale) {
+  const float ratio = __fdividef(state.v_descale, v_descale);
+  state.v_descale = v_descale;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    state.row_sum[half] *= correction[half];
+    correction[half] *= ratio;
+  }
+}
+
+// O = O * correction + P V: the second level of accumulation. Columns from kFirst on.
+template <int kFirst, int kColumns, int kAll, int kPart>
+__device__ __forceinline__ void promote(float (&o)[kAll], const float (&part)[kPart],
+                                        const float (&correction)[2]) {
+#pragma unroll
+  for (int i = 0; i < kColumns / 2; ++i) {
+    o[kFirst / 2 + i] = fmaf(o[kFirst / 2 + i], correction[i / 2 % 2], part[i]);
+  }
+}
+
+// O / row_sum; lse becomes the natural log-sum-exp, -inf for a row that saw nothing.
+template <class Traits>
+__device__ __forceinline__ void normalize(float (&o)[Traits::kHeadDimV / 2], RowState& state,
+                                          float (&lse)[2]) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = __shfl_sync(~0u, state.row_sum[half], threadIdx.x % kWarp & ~3);
+    inverse[half] = sum == 0.0f ? 0.0f : __fdividef(state.v_descale, sum);
+    lse[half] = sum == 0.0f ? -INFINITY : (state.row_max[half] - kLiftLog2 + __log2f(sum)) * kLn2;
+  }
+  rescale<Traits>(o, inverse);
+}
+
+}  // namespace flash::v3::fp8

@@ -1,0 +1,96 @@
+// The constants of the FP8 kernel: V passes through shared memory twice, as it comes and transposed
+// with a row of ones below it, so that P V also gives the row sums.
+#pragma once
+
+#include "v3_hopper/traits.cuh"
+
+namespace flash::v3::fp8 {
+
+// The sizes that were tuned, per head dim: consumers, K/V stages, stages of V as it comes, Q
+// stages.
+template <int kHeadDim>
+struct Tuning {
+  static constexpr int kConsumers = 3, kStages = 4, kStagesRaw = 2, kStagesQ = 2;
+};
+template <>
+struct Tuning<256> {
+  static constexpr int kConsumers = 2, kStages = 2, kStagesRaw = 1, kStagesQ = 1;
+};
+
+template <class Instance, bool kFeaturedScores>
+struct Traits {
+  using Element = e4m3;
+  using Output = bf16;
+  using Tuned = Tuning<Instance::kHeadDim>;
+  static constexpr bool kFeatured = kFeaturedScores;  // softcap, or a scale that is not positive
+  static constexpr int kHeadDim = Instance::kHeadDim;
+  static constexpr int kHeadDimV = Instance::kHeadDimV;
+  static constexpr int kConsumers = Tuned::kConsumers;
+  static constexpr int kBlockQ = kConsumers * kGroupRows;
+  static constexpr int kBlockKV = 128;
+  static constexpr int kStages = Tuned::kStages;
+  static constexpr int kStagesRaw = Tuned::kStagesRaw;
+  static constexpr int kStagesQ = Tuned::kStagesQ;
+  static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static_assert(registers_fit(kConsumers, kProducerRegisters, kConsumerRegisters));
+
+  // P V is computed kPartV columns at a time, and the last part has 8 more for the row sums.
+  static constexpr int kPartV = kHeadDimV < 128 ? kHeadDimV : 64;
+  static constexpr int kPartsV = kHeadDimV / kPartV;
+  static constexpr int kSumColumns = 8;
+  static_assert(kHeadDimV % kPartV == 0);
+
+  static constexpr int kChunkColumns = kChunkBytes;  // one byte each
+  static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
+  static constexpr int kChunksV = (kHeadDimV + kChunkColumns - 1) / kChunkColumns;
+  static constexpr int kBytesQ = kGroupRows * kChunks * kChunkBytes;  // of one consumer
+  static constexpr int kBytesK = kBlockKV * kChunks * kChunkBytes;
+  static constexpr int kBytesRaw = kBlockKV * kChunksV * kChunkBytes;
+  static constexpr int kBytesV = (kHeadDimV + kSumColumns) * kChunkBytes;  // dv rows of 128 keys
+  static_assert(kBlockKV == kChunkBytes, "a transposed tile is one chunk wide");
+  static constexpr bool kStagesO = false;
+  static constexpr int kWorkSlots = 4;
+  static constexpr int kWorkReaders = kConsumers + kGuardWarps + 1;  // arrivals that free a slot
+
+  struct Shared {
+    alignas(1024) unsigned char q[kStagesQ][kConsumers][kBytesQ];
+    alignas(1024) unsigned char k[kStages][kBytesK];
+    alignas(1024) unsigned char raw[kStagesRaw][kBytesRaw];  // V (keys, dv)
+    alignas(1024) unsigned char v[kStages][kBytesV];         // V (dv, keys), and the ones
+    float k_descale[kStages], v_descale[kStages];
+    Work work[kWorkSlots];
+    PackedWalk walk;
+    Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
+    Barrier q_full[kStagesQ][kConsumers], q_empty[kStagesQ][kConsumers];
+    Barrier k_full[kStages], k_empty[kStages];
+    Barrier raw_full[kStagesRaw], raw_empty[kStagesRaw];
+    Barrier v_full[kStages], v_empty[kStages];
+  };
+};
+
+// A position in several rings at once: how many slots have been passed. Fewer registers than one
+// Ring each.
+struct Counter {
+  unsigned passed = 0;
+
+  template <int kSlots>
+  __device__ __forceinline__ int slot() const {
+    static_assert((kSlots & (kSlots - 1)) == 0);
+    return passed % kSlots;
+  }
+  template <int kSlots>
+  __device__ __forceinline__ uint32_t parity() const {
+    return passed / kSlots % 2;
+  }
+};
+
+// The factor of what is stored in a row of Q, K or V; `sequence` counts also packed sequences.
+__device__ __forceinline__ float descale_of(const Descale& d, int sequence, int row, int head) {
+  if (d.data == nullptr) return 1.0f;
+  const int block = d.rows > 0 ? row / d.rows : 0;
+  return d.data[sequence * d.batch + block * d.block + head * d.head];
+}
+
+}  // namespace flash::v3::fp8
