@@ -214,7 +214,8 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     head = f"{tokens * world:>8} {row['name']:<18}"
     if "ms" not in row:
         return f"{head} {row['error'][:150]}"
-    alone = next((r.get("ms") for r in rows if r["tokens_per_gpu"] == tokens), None)
+    shares = [r for r in rows if r["name"] == "share alone" and r["tokens_per_gpu"] == tokens]
+    alone = shares[0].get("ms") if shares else None
     total = tokens * world
     flops = 3.5 * 4 * HEADS * DIM * total * (total + 1) / 2 / world
     linear = f"{alone / row['ms']:6.1%}" if alone else "     -"

@@ -1,12 +1,23 @@
-"""The example of a page of docs/doors, run as it stands."""
+"""What the doors' tests share: the device, and the example of a page, run as it stands."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+
+import pytest
+from grid import DEVICE
 
 from bench.digest import ROOT
 
 LINES = 10
+
+
+@pytest.fixture
+def on_device() -> Iterator[None]:
+    """Tensors are made on the GPU where there is one: then the doors lead to the kernels."""
+    with DEVICE:
+        yield
 
 
 def run_example(page: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from door_pages import run_example
+from door_pages import on_device, run_example
+from grid import BF16, FP32, ON_GPU
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -18,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 import flash
 from flash.engines import torch_sdpa
 
+__all__ = ["on_device"]
+pytestmark = pytest.mark.usefixtures("on_device")
+HALF = BF16 if ON_GPU else FP32  # torch's flash attention takes no other on a GPU
 Door = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -40,7 +44,7 @@ def served_by() -> str | None:
     return last.backend
 
 
-def draw(rows: int = 9, keys: int = 9, heads: int = 2, dtype: Any = torch.float32) -> list[Tensor]:
+def draw(rows: int = 9, keys: int = 9, heads: int = 2, dtype: Any = HALF) -> list[Tensor]:
     shapes = ((2, 4, rows, 16), (2, heads, keys, 16), (2, heads, keys, 16))
     return [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
@@ -50,14 +54,15 @@ def draw(rows: int = 9, keys: int = 9, heads: int = 2, dtype: Any = torch.float3
 @pytest.mark.parametrize(("rows", "keys"), [(9, 9), (5, 12), (12, 5)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_same_as_torch(door: Door, backend: str, rows: int, keys: int, causal: bool) -> None:
-    half = backend in ("v2", "v3")
-    given = draw(rows, keys, dtype=torch.bfloat16 if half else torch.float32)
+    half = backend in ("v2", "v3") or ON_GPU
+    given = draw(rows, keys, dtype=BF16 if half else FP32)
     expected = sdpa(*given, is_causal=causal, scale=0.3, enable_gqa=True)
     cotangent = torch.randn_like(expected)
     theirs = torch.autograd.grad(expected, given, cotangent)
     with door(backend):
         found = sdpa(*given, is_causal=causal, scale=0.3, enable_gqa=True)
-        assert str(served_by()).startswith(backend)
+        if not (ON_GPU and causal and rows != keys):  # which torch keeps from its flash attention
+            assert str(served_by()).startswith(backend)
         ours = torch.autograd.grad(found, given, cotangent)
     bar = {"atol": 4e-2, "rtol": 4e-2} if half else {"atol": 1e-5, "rtol": 1e-4}
     for a, b in zip((found, *ours), (expected, *theirs), strict=True):
@@ -87,15 +92,15 @@ def test_what_is_not_served_goes_to_torch(door: Door, backend: str, case: str) -
     with door(backend):
         found = sdpa(q, k, v, **options)
     torch.testing.assert_close(found, expected)
-    # dropout on a CPU goes to torch's plain mathematics, below which no operator is replaced
-    if case != "dropout" or door is flash.as_sdpa:
+    # torch itself keeps most of these from its flash attention, the operator that is replaced
+    if door is flash.as_sdpa or not (ON_GPU or case == "dropout"):
         assert served_by() == "torch"
         assert "torch" in str(flash.last_dispatch())
 
 
 @both
 def test_auto_on_a_cpu_is_torchs_own(door: Door) -> None:
-    given = draw(heads=4)
+    given = [x.detach().cpu() for x in draw(heads=4)]
     expected = sdpa(*given, is_causal=True)
     with door("auto"):
         assert torch.equal(sdpa(*given, is_causal=True), expected)
@@ -173,8 +178,8 @@ def test_backend_torch_stays_torchs() -> None:
 
 @both
 def test_layer_with_checkpointing(door: Door) -> None:
-    layer = torch.nn.MultiheadAttention(32, 2, batch_first=True)
-    x = torch.randn(2, 9, 32, requires_grad=True)
+    layer = torch.nn.MultiheadAttention(32, 2, batch_first=True, dtype=HALF)
+    x = torch.randn(2, 9, 32, dtype=HALF, requires_grad=True)
 
     def run(x: Tensor) -> Tensor:
         return layer(x, x, x, need_weights=False)[0]
@@ -183,7 +188,8 @@ def test_layer_with_checkpointing(door: Door) -> None:
     with door("v1"):
         found = torch.autograd.grad(checkpoint(run, x, use_reentrant=False).square().sum(), x)
         assert served_by() == "v1_tiling"
-    torch.testing.assert_close(found, expected)
+    bar = 5e-2 if ON_GPU else 1e-5
+    torch.testing.assert_close(found, expected, atol=bar, rtol=bar)
 
 
 def test_page() -> None:
