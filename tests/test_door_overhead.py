@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from door_pages import on_device
-from grid import ON_GPU
+from grid import DEVICE, ON_GPU
 from test_overhead import best
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,8 +19,6 @@ from flash.compat.flash_attn import flash_attn_func
 from flash.engines import reference
 from flash.spec import Result
 
-__all__ = ["on_device"]
-pytestmark = pytest.mark.usefixtures("on_device")
 LIMIT = 15e-6
 BACKEND = "auto" if ON_GPU else "reference"
 Record = Callable[[str, object], None]
@@ -37,7 +34,8 @@ def engine_of_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw(*shape: int) -> list[torch.Tensor]:
-    return [torch.randn(shape, dtype=torch.bfloat16 if ON_GPU else None) for _ in range(3)]
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    return [torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(3)]
 
 
 def added(door: Callable[[], Any], direct: Callable[[], Any]) -> float:
