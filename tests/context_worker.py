@@ -88,6 +88,40 @@ def whole_and_parts(groups: Groups, backend: str, options: Any, dtype: Any, head
     return worst(ours, [cp.shard(x.detach(), **groups) for x in theirs])
 
 
+PACKED = {"zigzag": (0, 8, 8, 24, 64), "any": (0, 1, 14, 17, 44, 64)}
+
+
+def packed_cases() -> Iterator[tuple[str, dict[str, Any], torch.dtype, str]]:
+    for causal in (False, True):
+        for lengths in PACKED:
+            yield "torch", {"causal": causal}, torch.float32, lengths
+        yield "v2", {"causal": causal}, torch.bfloat16, "any"
+        yield "reference", {"causal": causal, "softcap": 3.0}, torch.float64, "any"
+    yield "torch", {"causal": True, "window": (5, 0)}, torch.float32, "any"
+
+
+def packed_and_parts(groups: Groups, backend: str, options: Any, dtype: Any, lengths: str) -> float:
+    torch.manual_seed(len(str(options)))
+    ends = PACKED[lengths]
+    where = {**groups, "dim": 0, "cu_seqlens": ends}
+    shapes = ((64, 4, SHAPE[3]), (64, 2, SHAPE[3]), (64, 2, SHAPE[3]))
+    whole = [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+    dout, dlse = torch.randn(shapes[0]).to(dtype), torch.randn(64, 4)
+    exact = [x.detach().double().requires_grad_() for x in whole]
+    cu = torch.tensor(ends, dtype=torch.int32)
+    out, lse = flash.attention_varlen(
+        *exact, cu, cu, return_lse=True, backend="reference", **options
+    )
+    grads = torch.autograd.grad((out, lse), exact, (dout.double(), dlse.double().T))
+    held = [cp.shard(x.detach(), **where).requires_grad_() for x in whole]
+    part = cp.attention_varlen(*held, ends, return_lse=True, backend=backend, **options, **groups)
+    cotangents = (cp.shard(dout, **where), cp.shard(dlse, **where).T.to(part[1].dtype))
+    found = torch.autograd.grad(part, held, cotangents)
+    assert torch.equal(cp.unshard(held[0], **where), whole[0])
+    theirs = [cp.shard(x.detach(), **where) for x in (out, lse.T, *grads)]
+    return worst([part[0], part[1].T, *found], theirs)
+
+
 def raised(run: Callable[[], Any]) -> str:
     try:
         run()
@@ -101,6 +135,8 @@ def refusals(groups: Groups) -> Iterator[tuple[str, str]]:
     odd = torch.randn(1, 7, 4, 16)
     yield "rows differ", raised(lambda: cp.attention(q, odd, odd, **groups))
     yield "shard", raised(lambda: cp.shard(odd, **groups))
+    packed = q[0, :7]
+    yield "packed", raised(lambda: cp.attention_varlen(packed, packed, packed, [0, 8], **groups))
     if "ring" in groups:
         yield "window", raised(lambda: cp.attention(q, q, q, window=(2, 2), **groups))
     if "ulysses" in groups:
@@ -116,15 +152,14 @@ def work(rank: int, world: int, store: str) -> None:
     kind = "nccl" if ON_GPUS else "gloo"
     dist.init_process_group(kind, init_method=f"file://{store}", rank=rank, world_size=world)
     for name, groups in arrangements(world).items():
-        for backend, options, dtype, heads_kv in cases():
-            if "window" in options and "ring" in groups:
+        everything = [("", whole_and_parts, x) for x in cases()]
+        everything += [("_packed", packed_and_parts, x) for x in packed_cases()]
+        for kind, run, (backend, options, dtype, more) in everything:
+            if ("window" in options and "ring" in groups) or not served(backend, dtype):
                 continue
-            if not served(backend, dtype):
-                continue
-            error = whole_and_parts(groups, backend, options, dtype, heads_kv)
-            errors = torch.tensor([error])
+            errors = torch.tensor([run(groups, backend, options, dtype, more)])
             dist.all_reduce(errors, dist.ReduceOp.MAX)
-            label = f"{name} {backend} {options} {heads_kv}".replace(" ", "_")
+            label = f"{name}{kind} {backend} {options} {more}".replace(" ", "_")
             if rank == 0:
                 print("case", label, dtype, float(errors), flush=True)
         for label, kind in refusals(groups):
