@@ -6,6 +6,7 @@ everything above them sees: models, autograd, checkpointing, context parallelism
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -145,8 +146,10 @@ def _forward(
     if job.decision.backend == "torch":
         return None
     tq, tk, tv = _turn(q, k, v)
-    out = torch.empty_like(q).transpose(1, 2) if like_query else None
-    found, lse = run_forward(job, tq, tk, tv, out=out)
+    if like_query and not tq.is_contiguous():
+        found, lse = run_forward(job, tq, tk, tv, out=torch.empty_like(tq))
+    else:
+        found, lse = job.engine.forward(tq, tk, tv, job.spec)
     return found.transpose(1, 2), lse
 
 
@@ -204,6 +207,14 @@ def cpu_backward(own: Kernel, backend: str) -> Kernel:
     return run
 
 
+@functools.lru_cache(maxsize=32)
+def _of_dropout(device: torch.device, dtype: torch.dtype, inference: bool) -> tuple[Tensor, ...]:
+    """Seed, offset and mask of a dropout that is not; nobody reads or writes them."""
+    seed = torch.empty(2, dtype=torch.uint64, device=device)
+    offset = torch.empty((), dtype=torch.uint64, device=device)
+    return seed, offset, torch.empty(0, dtype=dtype, device=device)
+
+
 def cuda_forward(own: Kernel, backend: str) -> Kernel:
     def run(
         q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
@@ -212,10 +223,8 @@ def cuda_forward(own: Kernel, backend: str) -> Kernel:
         found = _forward(q, k, v, is_causal, dropout_p, scale, backend, True)
         if found is None:
             return own(q, k, v, dropout_p, is_causal, return_debug_mask, scale=scale)
-        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        offset = torch.zeros((), dtype=torch.uint64, device=q.device)
-        debug = torch.empty(0, dtype=q.dtype, device=q.device)
-        return (*found, None, None, q.shape[2], k.shape[2], seed, offset, debug)
+        unused = _of_dropout(q.device, q.dtype, torch.is_inference_mode_enabled())
+        return (*found, None, None, q.shape[2], k.shape[2], *unused)
 
     return run
 
