@@ -27,6 +27,7 @@ from flash.study.timing import Board
 
 LENGTHS = tuple(1 << n for n in range(10, 17))
 ATTENTIONS = (STANDARD, *OURS)
+LEARNING_RATE = 1e-4
 IGNORED = -100
 
 
@@ -83,20 +84,20 @@ class Network(nn.Module):
                                ignore_index=IGNORED)  # fmt: skip
 
 
-def batch_of(model: Model, batch: int, seqlen: int, device: str) -> tuple[Tensor, Tensor]:
-    """Chains through a fixed random table with a tenth of noise: next token, or masked tokens."""
-    fixed = torch.Generator().manual_seed(7)
-    table = torch.randint(model.vocabulary, (model.vocabulary,), generator=fixed)
-    x = torch.randint(model.vocabulary, (batch, seqlen + 1))
-    noisy = torch.rand(batch, seqlen + 1) < 0.1
+def batches(model: Model, count: int, batch: int, seqlen: int, device: str) -> list[Any]:
+    """Frequent and rare tokens, half of them set by the one before: next, or masked, tokens."""
+    torch.manual_seed(2)
+    table = torch.randint(model.vocabulary, (model.vocabulary,))
+    x = (model.vocabulary ** torch.rand(count * batch, seqlen + 1)).long() - 1
+    bound = torch.rand(x.shape) < 0.5
     for place in range(1, seqlen + 1):
-        x[:, place] = torch.where(noisy[:, place], x[:, place], table[x[:, place - 1]])
-    x = x.to(device)
-    if model.causal:
-        return x[:, :-1], x[:, 1:]
-    x = x[:, :-1]
-    hidden = torch.rand(x.shape, device=device) < 0.15
-    return x.masked_fill(hidden, model.vocabulary), x.masked_fill(~hidden, IGNORED)
+        x[:, place] = torch.where(bound[:, place], table[x[:, place - 1]], x[:, place])
+    hidden = torch.rand(x[:, 1:].shape) < 0.15
+    before, after = x[:, :-1], x[:, 1:]
+    if not model.causal:
+        before, after = after.masked_fill(hidden, model.vocabulary), after.masked_fill(
+            ~hidden, IGNORED)  # fmt: skip
+    return [(before[i::count].to(device), after[i::count].to(device)) for i in range(count)]
 
 
 class Trainer:
@@ -104,24 +105,24 @@ class Trainer:
 
     def __init__(self, model: Model, name: str, seqlen: int, device: str) -> None:
         torch.manual_seed(1)
-        self.network = Network(model, name, seqlen).to(device)
+        with torch.device(device):
+            self.network = Network(model, name, seqlen)
         for weights in self.network.parameters():
             if weights.dim() > 1:
                 nn.init.normal_(weights, std=0.02)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=3e-4)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE)
 
     def step(self, x: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = self.network(x, target)
         loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
 
-def curve(model: Model, name: str, seqlen: int, steps: int, device: str) -> list[float]:
-    trainer = Trainer(model, name, seqlen, device)
-    torch.manual_seed(2)
-    data = [batch_of(model, 8, seqlen, device) for _ in range(4)]
+def curve(model: Model, name: str, data: list[Any], steps: int, device: str) -> list[float]:
+    trainer = Trainer(model, name, data[0][0].shape[1], device)
     losses = [trainer.step(*data[i % len(data)]) for i in range(steps)]
     return [round(float(loss), 5) for loss in losses]
 
@@ -150,10 +151,11 @@ def timed(model: Model, name: str, seqlen: int, steps: int = 3) -> dict[str, Any
 def curves(steps: int, seqlen: int, device: str, models: tuple[Model, ...] = MODELS) -> list[Any]:
     found: list[dict[str, Any]] = []
     for model in models:
+        data = batches(model, 8, 4, seqlen, device)
         for name in ATTENTIONS:
             row: dict[str, Any] = {"model": model.name, "competitor": name, "seqlen": seqlen}
             try:
-                row["losses"] = curve(model, name, seqlen, steps, device)
+                row["losses"] = curve(model, name, data, steps, device)
             except Exception as problem:
                 row["why"] = reason(problem)
             found.append(row)
@@ -191,7 +193,7 @@ def main() -> int:
     deadline = time.monotonic() + args.seconds
     found = {"curves": curves(args.steps, 1024, "cuda"), "steps": sweep(deadline)}
     path = args.out / record.slug(torch.cuda.get_device_name(0)) / "end_to_end.json"
-    head = {"environment": record.environment(Board().facts()), "commit": record.commit()}
+    head = record.head(Board().facts())
     command = f"python -m bench.end_to_end --steps {args.steps}"
     record.write(path, {**head, "date": record.now(), "command": command, **found})
     return 0

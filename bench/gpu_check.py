@@ -50,7 +50,7 @@ def main() -> int:
     studies = [name for name in STUDIES if getattr(args, name)]
     everything = not (args.tests or args.bench or args.sustained or studies)
     folder = args.out / record.slug(torch.cuda.get_device_name(0))
-    head = {"environment": record.environment(board.facts()), "commit": record.commit()}
+    head = record.head(board.facts())
     if args.build or everything:
         build()
     failed = False

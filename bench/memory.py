@@ -69,7 +69,7 @@ def main() -> int:
             torch.cuda.empty_cache()
             print(rows[-1], flush=True)
     path = args.out / record.slug(torch.cuda.get_device_name(0)) / "memory.json"
-    head = {"environment": record.environment(Board().facts()), "commit": record.commit()}
+    head = record.head(Board().facts())
     record.write(path, {**head, "date": record.now(), "command": "python -m bench.memory",
                         "memory": rows})  # fmt: skip
     return 0

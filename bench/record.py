@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
+from bench import digest
 from flash.study.files import Row, environment, merge, now, read, slug, write
 
-__all__ = ["PENDING", "RESULTS", "commit", "environment", "merge", "now", "pending", "read", "slug",
-           "write"]  # fmt: skip
+__all__ = ["PENDING", "RESULTS", "commit", "environment", "head", "merge", "now", "pending",
+           "read", "slug", "write"]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PENDING = "pending.json"  # versions whose present sources have no passing GPU run, and why
@@ -19,6 +21,12 @@ def commit() -> str:
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def head(board: dict[str, Any]) -> Row:
+    """What every file of evidence begins with: the machine, the commit, the kernels' sources."""
+    digests = {version: digest.digest(version) for version in digest.VERSIONS}
+    return {"environment": environment(board), "commit": commit(), "digests": digests}
 
 
 def pending(results: Path = RESULTS) -> dict[str, Row]:

@@ -12,19 +12,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from bench import record, study_tables
 from bench.digest import ROOT, instances
+from bench.study_tables import markdown
+from flash.study.sources import Source, collect
 
-ORDER = ("v1", "v2", "v3", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
+ORDER = ("v1", "v2", "v3", "fp8", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 OVERVIEW_SEQLEN = 8192
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "e4m3"}
 Row = dict[str, Any]
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def support() -> str:
@@ -131,8 +127,32 @@ def overview(results: Path) -> str:
                           worst_errors(content), ""]  # fmt: skip
         if speed_files(folder):
             parts += ["16384 tokens, 2048 / d heads, N(0, 1), median of a burst.", ""]
+        for drawn in study_tables.pictures(folder, f"{link}/plots", ("speed",)):
+            parts += [drawn, ""]
         parts += [f"GPU tests, all lengths and the raw data: [{link}]({link}/README.md)."]
     return "\n".join(parts) or "Nothing has been measured yet."
+
+
+def source_of(folder: Path) -> Source | None:
+    """Everything that was measured on this folder's GPU."""
+    found = collect(sorted(folder.glob("*.json")))
+    return found[0] if found else None
+
+
+def evolution(results: Path) -> str:
+    """What changed from v1 to v3 and what it brought, for each GPU."""
+    parts = []
+    for folder in folders(results):
+        source = source_of(folder)
+        if source is None or not (source.rows or source.parts.get("traffic")):
+            continue
+        parts += [f"On one {source.device}, bf16, d = 128, full, S = 8192 (DRAM: S = 4096), "
+                  "TFLOP/s and share of what its tensor-core instruction gives at most:", "",
+                  study_tables.generations(source), ""]  # fmt: skip
+        drawn = study_tables.pictures(folder, f"bench/results/{folder.name}/plots",
+                                      ("roofline", "traffic", "training"))  # fmt: skip
+        parts += [line for one in drawn for line in (one, "")]
+    return "\n".join(parts).rstrip() or "Nothing has been measured yet."
 
 
 def speed_files(folder: Path) -> list[Path]:
@@ -153,6 +173,12 @@ def page(folder: Path) -> str:
     sustained = record.read(folder / "sustained.json")
     if sustained.get("rows"):
         parts += ["", "## Under seconds of load, S = 8192", "", load_table(sustained)]
+    source = source_of(folder)
+    for heading_text, table in study_tables.sections(source) if source else ():
+        parts += ["", f"## {heading_text}", "", table]
+    drawn = study_tables.pictures(folder, "plots")
+    parts += ["", "## Pictures", ""] if drawn else []
+    parts += ["\n\n".join(drawn)] if drawn else []
     return "\n".join(parts) + "\n"
 
 
@@ -169,7 +195,8 @@ def load_table(content: Row) -> str:
 
 def filled(text: str, results: Path) -> str:
     """README text with the content between its markers replaced."""
-    tables = {"support": support, "results": lambda: overview(results)}
+    tables = {"support": support, "results": lambda: overview(results),
+              "evolution": lambda: evolution(results)}  # fmt: skip
 
     def put(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"

@@ -1,0 +1,1 @@
+"""Ceilings of a GPU, measured by a small CUDA program that is compiled on request."""

@@ -64,7 +64,7 @@ def write(out: Path, board: Board) -> Path:
     """Measure and leave the file that tables and reports read."""
     path = out / record.slug(torch.cuda.get_device_name(0)) / "limits.json"
     command = "python -m bench.limits"
-    head = {"environment": record.environment(board.facts()), "commit": record.commit()}
+    head = record.head(board.facts())
     content = {**head, "date": record.now(), "command": command, "limits": measure()}
     record.write(path, content)
     return path

@@ -190,3 +190,27 @@ def compare(
     else:
         say(tables.comparison(found))
     raise typer.Exit(int(fail_on_regression and bool(found.regressions)))
+
+
+def report(
+    results: Annotated[list[Path] | None, typer.Argument(help="result files or folders")] = None,
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("flash-report.html"),
+    plots: Annotated[Path | None, typer.Option(help="folder for SVG and PNG as well")] = None,
+) -> None:
+    """One self-contained HTML page of plots and tables. Needs matplotlib, and no GPU."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise fail("report needs matplotlib: pip install 'flash-generations[bench]'")
+    from flash.study import page
+
+    given = results or [Path("bench/results")]
+    for path in given:
+        if not path.exists():
+            raise fail(f"no results at {path}; flash bench --out FILE makes some")
+    sources = page.collect(given)
+    if not sources:
+        raise fail(f"no rows in {', '.join(map(str, given))}")
+    written = page.write(sources, out, plots)
+    for path in written:
+        progress().print(f"wrote {path}", highlight=False)

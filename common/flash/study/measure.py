@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flash.demo import memory_of
-from flash.errors import FlashError
+from flash.errors import BackendUnavailableError, UnsupportedError
 from flash.study import files
 from flash.study.cases import SHORT, Case
 from flash.study.competitors import NAMES, OURS, Run, Unfit, competitor, present, ran
@@ -101,8 +101,10 @@ def reason(problem: Exception) -> str:
     if isinstance(problem, torch.OutOfMemoryError):
         return "out of memory"
     text = str(problem).strip().splitlines() or [""]
-    if isinstance(problem, (FlashError, Unfit)):
-        return text[0][:200]
+    if isinstance(problem, (UnsupportedError, BackendUnavailableError)):
+        return next(("; ".join(why) for why in problem.reasons.values() if why), text[0])
+    if isinstance(problem, Unfit):
+        return text[0]
     return f"{type(problem).__name__}: {text[0][:160]}"
 
 

@@ -1,0 +1,172 @@
+"""The tables of a GPU's page beyond speed: ceilings, bytes, memory, training, ideas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import plots
+from flash.study.facts import apart, picojoules
+from flash.study.ratios import winners
+from flash.study.sources import Source
+
+Row = dict[str, Any]
+OURS = ("v1", "v2", "v3")
+IDEAS = {
+    "v1": "K/V blocks stay on chip, Q streams past; O, m, l go through memory once a K/V block",
+    "v2": "Q blocks stay, K/V stream past; O stays in registers; CTAs along Q, warps along rows",
+    "v3": "TMA and producer warps feed WGMMA; softmax of one warpgroup under the other's products",
+}
+TITLES = {
+    "speed": "TFLOP/s against length", "error": "error against length",
+    "roofline": "roofline under the measured ceilings", "traffic": "bytes moved",
+    "memory": "memory against length", "joules": "energy", "losses": "loss curves",
+    "training": "a training step against length", "ablations": "what each idea brings",
+    "timeline": "one CTA of v3's forward kernel",
+}  # fmt: skip
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def picture(name: str, folder: str) -> str:
+    """Light or dark as the reader's page is."""
+    text = f"{name.split('_')[0]}: {TITLES[name.split('_')[0]]}"
+    return (f'<picture><source media="(prefers-color-scheme: dark)" '
+            f'srcset="{folder}/{name}-dark.svg"><img alt="{text}" '
+            f'src="{folder}/{name}-light.svg"></picture>')  # fmt: skip
+
+
+def pictures(folder: Path, link: str, wanted: Sequence[str] = ()) -> list[str]:
+    """Markdown of the plots that were drawn, all or those whose names begin so."""
+    names = [name for name in plots.pictures(folder / "plots")
+             if not wanted or name.startswith(tuple(wanted))]  # fmt: skip
+    return [picture(name, link) for name in names]
+
+
+def generations(source: Source) -> str:
+    """What changed from version to version, and what it brought, in this GPU's figures."""
+    rows = []
+    for name in OURS:
+        cells = [f"`{name}`", IDEAS[name]]
+        for way in ("forward", "backward"):
+            row = at(source.rows, way, name)
+            share = source.share(row) if row else None
+            cells.append(f"{row['tflops']:.0f}" if row else "–")
+            cells.append(f"{share:.0%}" if share else "–")
+        counted = next((r for r in source.parts.get("traffic", []) if r["competitor"] == name
+                        and (r["direction"], r["head_dim"], r["mask"]) == (
+                            "forward", 128, "full")), None)  # fmt: skip
+        total = counted["dram_read"] + counted["dram_write"] if counted else 0
+        cells.append(f"{total / 1e9:.2f}" if counted else "–")
+        load = at(source.sustained, "forward", name)
+        cells.append(f"{picojoules(load):.2f}" if load and "joules" in load else "–")
+        rows.append(cells)
+    columns = ("", "idea", "forward", "of ceiling", "backward", "of ceiling", "DRAM GB", "pJ/FLOP")
+    return markdown(columns, rows)
+
+
+def at(rows: Iterable[Row], way: str, name: str) -> Row | None:
+    """The row at d = 128, full, S = 8192."""
+    wanted = (way, name, 128, "full", 8192, "bfloat16")
+    fields = ("direction", "competitor", "head_dim", "mask", "seqlen", "dtype")
+    return next((r for r in rows if tuple(r[f] for f in fields) == wanted), None)
+
+
+def ceilings(source: Source) -> str:
+    rows = [(r["name"], f"{r['rate']:.4g} {r['unit']}", f"{r['per_clock_and_processor']:.4g}",
+             r["clock_mhz"]) if "clock_mhz" in r else
+            (r["name"], f"{r['rate']:.4g} {r['unit']}", "–", "–")
+            for r in source.parts["limits"]]  # fmt: skip
+    return markdown(("unit", "rate", "per clock and SM", "SM MHz"), rows)
+
+
+def traffic(source: Source) -> str:
+    """Closed form against what was counted, and why they differ."""
+    rows = []
+    for r in source.parts["traffic"]:
+        l2 = r["l2_read"] + r["l2_write"] + r["l2_reduce"]
+        dram = r["dram_read"] + r["dram_write"]
+        form = r.get("closed_form") or 0
+        rows.append((r["direction"], r["head_dim"], r["mask"], r["competitor"],
+                     f"{form / 1e9:.2f}", f"{l2 / 1e9:.2f}", f"{l2 / form:.2f}" if form else "–",
+                     f"{dram / 1e9:.2f}", f"{r['least'] / 1e9:.2f}"))  # fmt: skip
+    columns = ("direction", "d", "mask", "backend", "closed form GB", "asked of L2 GB", "ratio",
+               "DRAM GB", "each tensor once GB")  # fmt: skip
+    return markdown(columns, rows) + (
+        "\n\nThe closed form counts what a kernel asks for; ncu counts it at L2. Repeated reads of "
+        "Q, K and V and the additions to dQ end there, which is the distance to DRAM; O, m and l "
+        "of v1's forward pass go on to DRAM. v1's schedule reads and writes dQ, its kernel adds "
+        "without reading. SMs that read a tile at the same time share one trip."
+    )
+
+
+def memory(source: Source) -> str:
+    rows = source.parts["memory"]
+    names = list(dict.fromkeys(r["competitor"] for r in rows))
+    lines = []
+    for n in sorted({r["seqlen"] for r in rows}):
+        own = {r["competitor"]: r for r in rows if r["seqlen"] == n}
+        lines.append((n, *(mebibytes(own[name]) for name in names)))
+    return markdown(("S", *names), lines)
+
+
+def mebibytes(row: Row) -> str:
+    return f"{row['memory_bytes'] / 2**20:.0f}" if "memory_bytes" in row else str(row["why"])
+
+
+def training(source: Source) -> str:
+    rows = source.parts["steps"]
+    names = list(dict.fromkeys(r["competitor"] for r in rows))
+    lines = []
+    for model, n in dict.fromkeys((r["model"], r["seqlen"]) for r in rows):
+        own = {r["competitor"]: r for r in rows if (r["model"], r["seqlen"]) == (model, n)}
+        lines.append((model, n, *(step(own.get(name)) for name in names)))
+    curves = source.parts.get("curves", [])
+    notes = []
+    for model in dict.fromkeys(r["model"] for r in curves):
+        own_curves = [r for r in curves if r["model"] == model and r.get("losses")]
+        if len(own_curves) > 1:
+            losses = own_curves[0]["losses"]
+            notes.append(f"{model}: loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} "
+                         f"steps, curves at most {apart(own_curves):.2%} apart.")  # fmt: skip
+    return markdown(("model", "S", *names), lines) + "\n\n" + " ".join(notes)
+
+
+def step(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    if "ms" not in row:
+        return str(row["why"])
+    return f"{row['ms']:.1f} ms, {row['memory_bytes'] / 2**30:.1f} GiB"
+
+
+def ablations(source: Source) -> str:
+    rows = [(f"`{r['version']}`", r["without"], r["case"], f"{r['tflops']:.0f}",
+             f"{r['baseline']:.0f}", f"{r['tflops'] / r['baseline']:.0%}")
+            for r in source.parts["ablations"]]  # fmt: skip
+    return markdown(("", "without", "case", "TFLOP/s", "with", "share"), rows)
+
+
+def sections(source: Source) -> list[tuple[str, str]]:
+    """(heading, table) of everything that was measured."""
+    found = []
+    won = winners(source.device, source.rows)
+    if won:
+        table = markdown(("cases", "fastest", "ahead by"), [line[1:] for line in won])
+        found.append(("Which generation wins where", table))
+    makers = (
+        ("limits", "Ceilings of this GPU, `python -m bench.limits`", ceilings),
+        ("traffic", "Bytes moved, `python -m bench.dram`", traffic),
+        ("memory", "MiB of a forward and backward pass, `python -m bench.memory`", memory),
+        ("steps", "A training step of four layers, `python -m bench.end_to_end`", training),
+        ("ablations", "Without one idea, `python -m bench.ablations`", ablations),
+    )
+    for part, heading, make in makers:
+        if source.parts.get(part):
+            found.append((heading, make(source)))
+    return found

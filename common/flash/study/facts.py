@@ -1,0 +1,16 @@
+"""Figures that both pictures and tables state; needs no matplotlib."""
+
+from __future__ import annotations
+
+from flash.study.sources import Row
+
+
+def picojoules(row: Row) -> float:
+    """Of one counted FLOP, from a row of sustained load."""
+    return float(row["joules"] / (row["tflops"] * 1e12 * row["ms"] / 1e3) * 1e12)
+
+
+def apart(rows: list[Row]) -> float:
+    """Largest relative distance of loss curves from the first one, at any step."""
+    base = rows[0]["losses"]
+    return max(abs(x - y) / y for r in rows for x, y in zip(r["losses"], base, strict=True))

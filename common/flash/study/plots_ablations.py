@@ -1,0 +1,65 @@
+"""What each idea of a kernel brings, and one CTA's timeline, as pictures."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from flash.study.sources import Source
+from flash.study.style import Theme, heading, sheet
+
+SPANS = {
+    "load": "v1", "scores": "v3", "softmax": "v2", "output": "fp8", "wait": "other",
+}  # fmt: skip
+
+
+def ablations(source: Source, theme: Theme) -> Figure | None:
+    """Speed without an idea as a share of the speed with all of them, one bar for each."""
+    rows = source.parts.get("ablations", [])
+    cases = list(dict.fromkeys((r["version"], r["case"]) for r in rows))
+    if not cases:
+        return None
+    names = list(dict.fromkeys((r["version"], r["without"]) for r in rows))
+    figure, axes = sheet(theme, 1, 1, 9.0, 0.62 + 0.55 + 0.36 * len(rows), right=0.4)
+    ax = axes[0][0]
+    figure.subplots_adjust(left=0.42)
+    places, ticks = 0.0, []
+    for version, without in names:
+        for row in (r for r in rows if (r["version"], r["without"]) == (version, without)):
+            share = row["tflops"] / row["baseline"]
+            ax.barh(places, share, height=0.62, color=theme.colors[version])
+            ax.text(share + 0.01, places, f"{share:.0%}", va="center", fontsize=7.5)
+            ticks.append((places, f"{version} without {without}, {row['case']}"))
+            places += 1
+        places += 0.4
+    ax.axvline(1, color=theme.ink, linewidth=0.8)
+    ax.set_yticks([place for place, _ in ticks], [text for _, text in ticks])
+    ax.invert_yaxis()
+    ax.set_xlim(0, max(1.12, 1.08 * max(r["tflops"] / r["baseline"] for r in rows)))
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("speed, as a share of the kernel with all of its ideas")
+    heading(figure, f"What each idea brings — {source.device}", theme)
+    return figure
+
+
+def timeline(source: Source, theme: Theme) -> Figure | None:
+    """Roles of one CTA downwards, clocks to the right."""
+    rows = source.parts.get("timeline", [])
+    if not rows:
+        return None
+    roles = list(dict.fromkeys(r["role"] for r in rows))
+    figure, axes = sheet(theme, 1, 1, 11.0, 0.62 + 0.55 + 0.55 * len(roles), right=0.3)
+    ax = axes[0][0]
+    figure.subplots_adjust(left=0.14)
+    kinds = list(dict.fromkeys(r["what"] for r in rows))
+    for row in rows:
+        ax.barh(roles.index(row["role"]), row["end"] - row["begin"], left=row["begin"], height=0.7,
+                color=theme.colors[SPANS.get(row["what"], "other")], linewidth=0)  # fmt: skip
+    ax.set_yticks(range(len(roles)), roles)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("clocks")
+    for n, kind in enumerate(kinds):
+        ax.text(n / len(kinds), 1.02, f"■ {kind}", transform=ax.transAxes, va="bottom",
+                color=theme.colors[SPANS.get(kind, "other")])  # fmt: skip
+    heading(figure, f"One CTA of v3's forward kernel — {source.device}", theme)
+    return figure
