@@ -122,6 +122,68 @@ def packed_and_parts(groups: Groups, backend: str, options: Any, dtype: Any, len
     return worst([part[0], part[1].T, *found], theirs)
 
 
+def dtype_of(backend: str) -> torch.dtype:
+    """torch's flash attention on a GPU is for 16 bits."""
+    return torch.float32 if backend == "v1" and not ON_GPUS else torch.bfloat16
+
+
+def torchs_context_parallel(backend: str) -> float:
+    """torch's own ring, causal, over the operators that flash.activate replaces."""
+    torch.manual_seed(5)
+    shapes = ((2, 4, 64, SHAPE[3]), (2, 2, 64, SHAPE[3]), (2, 2, 64, SHAPE[3]))
+    dtype = dtype_of(backend)
+    whole = [torch.randn(s).to(dtype) for s in shapes]
+    exact = [x.double().requires_grad_() for x in whole]
+    out = flash.attention(*exact, causal=True, layout="bhsd", backend="reference")
+    dout = torch.randn_like(out)
+    theirs = [out, *torch.autograd.grad(out, exact, dout)]
+    held = cp.shard(dout.to(dtype), ring=dist.group.WORLD, dim=2)
+    found = (_on_gpus if ON_GPUS else _on_cpus)(whole, held, backend)
+    return worst(found, [cp.shard(x.detach(), ring=dist.group.WORLD, dim=2) for x in theirs])
+
+
+def _on_gpus(whole: list[Tensor], dout: Tensor, backend: str) -> list[Tensor]:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = dist.init_device_mesh("cuda", (WORLD,))
+    everything = {"buffers": whole, "no_restore_buffers": set(whole)}
+    with context_parallel(mesh, buffer_seq_dims=[2, 2, 2], **everything):
+        qkv = [x.requires_grad_() for x in whole]
+        flash.activate(backend)
+        try:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *qkv, is_causal=True, enable_gqa=True
+            )
+            return [out, *torch.autograd.grad(out, qkv, dout)]
+        finally:
+            flash.deactivate()
+
+
+def _on_cpus(whole: list[Tensor], dout: Tensor, backend: str) -> list[Tensor]:
+    """torch's ring knows the operators of a GPU only: ours stand in their place on the CPU too."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+
+    from flash.options import backend_name
+    from flash.sdpa_override import cuda_backward, cuda_forward
+
+    mesh, backend = dist.init_device_mesh("cpu", (WORLD,)), backend_name(backend)
+    library, name = torch.library.Library("aten", "IMPL"), "_scaled_dot_product_flash_attention"
+    library.impl(name, cuda_forward(_missing, backend), "CPU")
+    library.impl(f"{name}_backward", cuda_backward(_missing, backend), "CPU")
+    qkv = [cp.shard(x, ring=dist.group.WORLD, dim=2) for x in whole]
+    out, lse, *rest = ring._scaled_dot_product_ring_flash_attention(mesh, *qkv, is_causal=True)
+    cu_q, cu_k, longest_q, longest_k, seed, offset, _ = rest
+    grads = ring._scaled_dot_product_ring_flash_attention_backward(
+        mesh, dout, *qkv, out, lse, cu_q, cu_k, longest_q, longest_k, 0.0, True, seed, offset
+    )
+    library._destroy()
+    return [out, *grads[:3]]
+
+
+def _missing(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("torch has none on a CPU")
+
+
 def raised(run: Callable[[], Any]) -> str:
     try:
         run()
@@ -162,6 +224,13 @@ def work(rank: int, world: int, store: str) -> None:
             label = f"{name}{kind} {backend} {options} {more}".replace(" ", "_")
             if rank == 0:
                 print("case", label, dtype, float(errors), flush=True)
+        for backend in ("v1", "v2", "v3") if name == "ring" else ():
+            if not served(backend, torch.bfloat16):
+                continue
+            errors = torch.tensor([torchs_context_parallel(backend)])
+            dist.all_reduce(errors, dist.ReduceOp.MAX)
+            if rank == 0:
+                print("torch", backend, dtype_of(backend), float(errors), flush=True)
         for label, kind in refusals(groups):
             if rank == 0:
                 print("refusal", f"{name} {label}".replace(" ", "_"), kind, flush=True)

@@ -47,6 +47,14 @@ def test_results_and_gradients(world: int, way: str) -> None:
 
 
 @worlds
+def test_torchs_own_context_parallel(world: int) -> None:
+    """Its ring calls the operators that flash.activate replaces, then merges and sums by itself."""
+    found = [line for line in report(world) if line[0] == "torch"]
+    assert [line[1] for line in found] == ["v1", "v2", "v3"] or torch.cuda.device_count() >= world
+    assert not [line for line in found if not float(line[3]) <= 2 * BARS[line[2]]]
+
+
+@worlds
 def test_refusals(world: int) -> None:
     found = {line[1]: line[2] for line in report(world) if line[0] == "refusal"}
     expected = {
