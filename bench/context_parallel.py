@@ -142,8 +142,10 @@ def torchs(door: str | None) -> Callable[..., Run]:
                 return attend(*(x.repeat_interleave(HEADS // HEADS_KV, 1) for x in qkv[1:]))
 
         def inside(timed: Callable[[Run], Any]) -> Any:
-            everything = {"buffers": qkv, "no_restore_buffers": set(qkv)}
-            with context_parallel(mesh, buffer_seq_dims=[2, 2, 2], **everything):
+            gone = set(qkv)
+            with context_parallel(
+                mesh, buffers=qkv, buffer_seq_dims=[2, 2, 2], no_restore_buffers=gone
+            ):
                 for x in qkv:
                     x.requires_grad_()
                 if door is not None:
