@@ -5,7 +5,7 @@ Parts can be asked for alone and in any order; a later part adds to the files of
   python -m bench.gpu_check --tests [--version v2]
   python -m bench.gpu_check --bench v2 --direction backward [--head-dim 128] [--again]
   python -m bench.gpu_check --sustained v3
-  python -m bench.gpu_check --limits | --memory | --end-to-end | --dram
+  python -m bench.gpu_check --limits | --memory | --end-to-end | --dram | --ablations | --trace
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HANG_SECONDS = 60  # for one test; the slowest took under 5 s on one H200
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 NAMES = (*OURS, "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 FP8_NAMES = ("v3", "fa3")
-STUDIES = ("limits", "memory", "end_to_end", "dram")
+STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace")
 
 
 def main() -> int:

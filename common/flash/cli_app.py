@@ -19,7 +19,7 @@ from flash.cli_common import (
     say_json,
     sides,
 )
-from flash.cli_study import bench, compare, report
+from flash.cli_study import bench, compare, report, trace
 from flash.errors import FlashError
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Three generations of exact attention behind one call.",
 )
-for command in (bench, compare, report):
+for command in (bench, compare, report, trace):
     app.command()(command)
 
 

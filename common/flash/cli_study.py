@@ -1,7 +1,8 @@
-"""flash bench, compare and report: figures measured, held against each other, and drawn."""
+"""flash bench, compare, report and trace: figures measured, held together, and drawn."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -214,3 +215,31 @@ def report(
     written = page.write(sources, out, plots)
     for path in written:
         progress().print(f"wrote {path}", highlight=False)
+
+
+def trace(
+    results: Annotated[Path, typer.Argument(help="timeline.json of python -m bench.trace")],
+    perfetto: Annotated[Path | None, typer.Option(help="write a file for ui.perfetto.dev")] = None,
+    picture: Annotated[Path | None, typer.Option(help="write .svg or .png")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One CTA of v3's forward kernel: who did what when. Measured by `python -m bench.trace`."""
+    from flash.study import timeline
+
+    if not results.is_file():
+        raise fail(f"no file {results}; python -m bench.trace in a clone on a GPU makes one")
+    rows = files.read(results).get("timeline")
+    if not rows:
+        raise fail(f"{results} holds no timeline")
+    if perfetto is not None:
+        timeline.write_perfetto(rows, perfetto)
+    if picture is not None:
+        from flash.study.page import render
+        from flash.study.plots_ablations import timeline as draw
+        from flash.study.sources import collect
+        from flash.study.style import LIGHT
+
+        figure = draw(collect([results])[0], LIGHT)
+        assert figure is not None
+        picture.write_bytes(render(figure, picture.suffix.removeprefix(".")))
+    print(json.dumps(timeline.perfetto(rows)) if as_json else timeline.summary(rows))

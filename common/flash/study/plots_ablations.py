@@ -6,10 +6,13 @@ from matplotlib.figure import Figure
 
 from flash.study.sources import Source
 from flash.study.style import Theme, heading, sheet
+from flash.study.timeline import window
 
 SPANS = {
-    "load": "v1", "scores": "v3", "softmax": "v2", "output": "fp8", "wait": "other",
+    "loads K": "v1", "loads V": "fa4", "multiplies": "v3", "softmax": "v2", "drains O": "fp8",
+    "rescales": "standard", "waits": "other",
 }  # fmt: skip
+SHOWN_CLOCKS = 12000
 
 
 def ablations(source: Source, theme: Theme) -> Figure | None:
@@ -43,20 +46,21 @@ def ablations(source: Source, theme: Theme) -> Figure | None:
 
 def timeline(source: Source, theme: Theme) -> Figure | None:
     """Roles of one CTA downwards, clocks to the right."""
-    rows = source.parts.get("timeline", [])
+    rows = window(source.parts.get("timeline", []), SHOWN_CLOCKS)
     if not rows:
         return None
     roles = list(dict.fromkeys(r["role"] for r in rows))
     figure, axes = sheet(theme, 1, 1, 11.0, 0.62 + 0.55 + 0.55 * len(roles), right=0.3)
     ax = axes[0][0]
     figure.subplots_adjust(left=0.14)
-    kinds = list(dict.fromkeys(r["what"] for r in rows))
+    kinds = [kind for kind in SPANS if any(r["what"] == kind for r in rows)]
     for row in rows:
         ax.barh(roles.index(row["role"]), row["end"] - row["begin"], left=row["begin"], height=0.7,
                 color=theme.colors[SPANS.get(row["what"], "other")], linewidth=0)  # fmt: skip
     ax.set_yticks(range(len(roles)), roles)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
+    ax.set_xlim(0, SHOWN_CLOCKS)
     ax.set_xlabel("clocks")
     for n, kind in enumerate(kinds):
         ax.text(n / len(kinds), 1.02, f"■ {kind}", transform=ax.transAxes, va="bottom",

@@ -1,0 +1,174 @@
+"""What each idea brings: kernels with one idea taken out, beside the same kernel with all of them.
+
+`python -m bench.ablations` builds them for this GPU and writes bench/results/<gpu>/ablations.json;
+`--build DIR` only builds, `--place DIR` uses such a build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flash
+from bench import record, variants
+from bench.variants import Variant
+from flash.study.cases import Case, paper
+from flash.study.timing import Board
+
+Row = dict[str, Any]
+DIMS = "64;128"
+ROUNDS = 4
+TURN = "FLASH_BENCH_TURN"
+V1, V2, V3 = (("v1", "v1_tiling"), ("v2", "v2_parallel"), ("v3", "v3_hopper"))
+_LOOP = """  for (int block = grid.blocks_q - 1; block >= 0; --block) {
+  cp_async_wait<0>();
+  __syncthreads();
+  const Tile<Traits> tile(p, Place{int(blockIdx.x), block});
+  if (tile.empty()) continue;
+"""
+VARIANTS = (
+    Variant(*V1),
+    Variant(*V1, "long K/V blocks (128 keys on chip)", (
+        ("v1_tiling/traits.cuh", "kMaxStages = 16;", "kMaxStages = 2;"),)),
+    Variant(*V1, "slices of Q (CTAs along heads only)", (
+        ("v1_tiling/launch.cuh", "for (int turns : {1, 2, 4})",
+         "for (int turns : {int(up(p.seqlen_q, rows))})"),)),
+    Variant(*V2),
+    Variant(*V2, "sequence parallelism (CTAs along heads only)", (
+        ("v2_parallel/forward.cuh",
+         "  const Tile<Traits> tile(p, grid);\n  if (tile.empty()) return;\n", _LOOP),
+        ("v2_parallel/forward.cuh", "  store_state(O, softmax, smem, p, tile);\n}",
+         "  store_state(O, softmax, smem, p, tile);\n  }\n}"),
+        ("v2_parallel/launch.cuh", "dim3(unsigned(grid.tiles()))",
+         "dim3(unsigned(grid.heads))"))),
+    Variant(*V2, "L2 locality (heads one after another)", (
+        ("v2_parallel/schedule.cuh", "kL2Bytes = 16 << 20;", "kL2Bytes = int64_t(1) << 40;"),)),
+    Variant(*V3),
+    Variant(*V3, "ping-pong", (
+        ("v3_hopper/pipe.cuh", "named_arrive(kTurn, 2 * kGroupThreads);", "{}"),
+        ("v3_hopper/pipe.cuh", "    named_sync(kTurn + consumer, 2 * kGroupThreads);\n", ""),
+        ("v3_hopper/pipe.cuh",
+         "    named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);\n",
+         ""))),
+    Variant(*V3, "overlap inside a warpgroup", (
+        ("v3_hopper/forward.cuh", "wgmma_wait<1>();  // S is there",
+         "wgmma_wait<0>();  // S is there"),)),
+    Variant(*V3, "a ring (one stage of K and of V)", (
+        ("v3_hopper/traits.cuh", "kStages = 2,", "kStages = 1,"),
+        ("v3_hopper/traits.cuh", "kStages = 4,", "kStages = 1,"))),
+)  # fmt: skip
+
+
+def cases() -> list[Case]:
+    return [
+        paper("forward", "bfloat16", dim, causal, seqlen)
+        for dim, causal, seqlen in ((64, False, 8192), (128, False, 8192), (128, True, 2048))
+    ]
+
+
+def words(case: Case) -> str:
+    return f"d {case.head_dim}, {case.mask}, {case.seqlen}"
+
+
+def time_here(name: str) -> None:
+    """Rows of whatever build of flash this process imports; processes take turns at the GPU."""
+    from flash.study.measure import Settings, measure, stopwatch
+
+    watch, how = stopwatch("cuda"), Settings(total_ms=40, memory=False)
+    with open(os.environ[TURN], "w") as turn:
+        for case in cases() * ROUNDS:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            rows = measure(case, [name], watch, how).rows
+            torch.cuda.empty_cache()
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            for row in rows:
+                print(json.dumps({"case": words(case), "tflops": row["tflops"],
+                                  "error": row["error"]}), flush=True)  # fmt: skip
+
+
+def timed(place: Path) -> list[Row]:
+    """Every variant in a process of its own; medians over the rounds, of which the first warms."""
+    os.environ[TURN] = str(place / "turn")
+
+    def ask(variant: Variant) -> str:
+        installed = variants.build(variant, place, DIMS)
+        return variants.python(installed, "-m", "bench.ablations", "--time", variant.version)
+
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    with ThreadPoolExecutor(len(VARIANTS)) as pool:
+        for variant, text in zip(VARIANTS, pool.map(ask, VARIANTS), strict=True):
+            for row in map(json.loads, text.splitlines()):
+                key = (variant.version, variant.without, row["case"])
+                found.setdefault(key, []).append(row)
+    speeds = {key: statistics.median(r["tflops"] for r in rows[1:]) for key, rows in found.items()}
+    return [
+        {"version": version, "without": without, "case": case, "tflops": speed,
+         "baseline": speeds[version, "", case],
+         "error": max(row["error"] for row in found[version, without, case])}
+        for (version, without, case), speed in speeds.items() if without
+    ]  # fmt: skip
+
+
+def quantized() -> list[Row]:
+    """Error of FP8 inputs without an idea, on values of which one in a thousand is large."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 1024, 4, 128, device=device) for _ in range(3))
+    for x in (q, k, v):
+        x += 10 * torch.randn_like(x) * (torch.rand_like(x) < 1e-3)
+    exact = flash.attention(*(x.double() for x in (q, k, v)), backend="reference")
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    choices: dict[str, dict[str, Any]] = {
+        "": {}, "Hadamard turns": {"hadamard": False}, "block scales": {"granularity": "tensor"},
+        "both": {"hadamard": False, "granularity": "tensor"},
+    }  # fmt: skip
+    errors = {}
+    for without, options in choices.items():
+        parts = flash.quantize_fp8(q, k, v, **options)._asdict()
+        out = flash.attention(**parts, backend="reference").double()
+        errors[without] = float((out - exact).pow(2).mean().sqrt())
+    return [{"without": name, "rmse": float(f"{value:.3g}"), "baseline": float(f"{errors['']:.3g}")}
+            for name, value in errors.items() if name]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser.add_argument("--build", type=Path, help="only build, into this folder")
+    parser.add_argument("--place", type=Path, help="where builds are, or go")
+    parser.add_argument("--time", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.time:
+        time_here(args.time)
+        return 0
+    if args.build:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda v: variants.build(v, args.build, DIMS), VARIANTS))
+        return 0
+    if not torch.cuda.is_available():
+        print("bench.ablations needs a CUDA device; this machine has none", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = timed(args.place or Path(scratch))
+    for row in rows:
+        print(f"{row['version']} without {row['without']:48} {row['case']:20} {row['tflops']:6.0f} "
+              f"of {row['baseline']:.0f}, error {row['error']:.1e}", flush=True)  # fmt: skip
+    path = args.out / record.slug(torch.cuda.get_device_name(0)) / "ablations.json"
+    record.write(path, {**record.head(Board().facts()), "date": record.now(),
+                        "command": "python -m bench.ablations", "ablations": rows,
+                        "fp8": quantized()})  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
