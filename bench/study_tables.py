@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots
+from flash.study import timeline
 from flash.study.facts import apart, picojoules
 from flash.study.ratios import winners
 from flash.study.sources import Source
@@ -152,6 +153,21 @@ def ablations(source: Source) -> str:
     return markdown(("", "without", "case", "TFLOP/s", "with", "share"), rows)
 
 
+def quantization(source: Source) -> str:
+    rows = [(r["without"], f"{r['rmse']:.2e}", f"{r['baseline']:.2e}",
+             f"{r['rmse'] / r['baseline']:.2f}") for r in source.parts["fp8"]]  # fmt: skip
+    return markdown(("without", "RMSE", "with both", "ratio"), rows) + (
+        "\n\nN(0, 1) with one value in a thousand ten times as large, d = 128, in exact arithmetic "
+        "after rounding to e4m3."
+    )
+
+
+def roles(source: Source) -> str:
+    """The timeline in words."""
+    text = timeline.summary(source.parts["timeline"])
+    return "\n".join(f"- {line}" for line in text.splitlines())
+
+
 def sections(source: Source) -> list[tuple[str, str]]:
     """(heading, table) of everything that was measured."""
     found = []
@@ -165,6 +181,8 @@ def sections(source: Source) -> list[tuple[str, str]]:
         ("memory", "MiB of a forward and backward pass, `python -m bench.memory`", memory),
         ("steps", "A training step of four layers, `python -m bench.end_to_end`", training),
         ("ablations", "Without one idea, `python -m bench.ablations`", ablations),
+        ("fp8", "FP8 without one idea, error against fp64", quantization),
+        ("timeline", "Roles of one CTA of v3's forward kernel, `python -m bench.trace`", roles),
     )
     for part, heading, make in makers:
         if source.parts.get(part):

@@ -155,6 +155,19 @@ def evolution(results: Path) -> str:
     return "\n".join(parts).rstrip() or "Nothing has been measured yet."
 
 
+def traced(results: Path) -> str:
+    """For the page of v3: one CTA's timeline, as seen from a version's folder."""
+    parts = []
+    for folder in folders(results):
+        source = source_of(folder)
+        drawn = study_tables.pictures(
+            folder, f"../bench/results/{folder.name}/plots", ("timeline",)
+        )
+        if source is not None and source.parts.get("timeline") and drawn:
+            parts += [*drawn, "", study_tables.roles(source), ""]
+    return "\n".join(parts).rstrip() or "Nothing has been recorded yet."
+
+
 def speed_files(folder: Path) -> list[Path]:
     return [
         path for way in ("forward", "backward") for path in sorted(folder.glob(f"{way}_*.json"))
@@ -195,8 +208,12 @@ def load_table(content: Row) -> str:
 
 def filled(text: str, results: Path) -> str:
     """README text with the content between its markers replaced."""
-    tables = {"support": support, "results": lambda: overview(results),
-              "evolution": lambda: evolution(results)}  # fmt: skip
+    tables = {
+        "support": support,
+        "results": lambda: overview(results),
+        "evolution": lambda: evolution(results),
+        "timeline": lambda: traced(results),
+    }
 
     def put(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
@@ -207,9 +224,9 @@ def filled(text: str, results: Path) -> str:
 def wanted(root: Path = ROOT) -> dict[Path, str]:
     """Every generated page and what it should hold."""
     results = root / "bench" / "results"
-    readme = root / "README.md"
+    own = [root / "README.md", root / "v3_hopper" / "README.md"]
     pages = {folder / "README.md": page(folder) for folder in folders(results)}
-    return {readme: filled(readme.read_text(), results), **pages}
+    return {**{path: filled(path.read_text(), results) for path in own}, **pages}
 
 
 def stale(root: Path = ROOT) -> list[Path]:
