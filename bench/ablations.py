@@ -36,13 +36,24 @@ _LOOP = """  for (int block = grid.blocks_q - 1; block >= 0; --block) {
   const Tile<Traits> tile(p, Place{int(blockIdx.x), block});
   if (tile.empty()) continue;
 """
+PING_PONG = (
+    ("v3_hopper/pipe.cuh", "named_arrive(kTurn, 2 * kGroupThreads);", "{}"),
+    ("v3_hopper/pipe.cuh", "    named_sync(kTurn + consumer, 2 * kGroupThreads);\n", ""),
+    ("v3_hopper/pipe.cuh",
+     "    named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);\n", ""),
+)  # fmt: skip
+OVERLAP = (
+    ("v3_hopper/forward.cuh", "wgmma_wait<1>();  // S is there",
+     "wgmma_wait<0>();  // S is there"),
+)  # fmt: skip
 VARIANTS = (
     Variant(*V1),
     Variant(*V1, "long K/V blocks (128 keys on chip)", (
         ("v1_tiling/traits.cuh", "kMaxStages = 16;", "kMaxStages = 2;"),)),
     Variant(*V1, "slices of Q (CTAs along heads only)", (
         ("v1_tiling/launch.cuh", "for (int turns : {1, 2, 4})",
-         "for (int turns : {int(up(p.seqlen_q, rows))})"),)),
+         "for (int turns : {int(up(p.seqlen_q, rows))})"),
+        ("v1_tiling/launch.cuh", "    if (turns > 1 && cost >= best) continue;\n", ""))),
     Variant(*V2),
     Variant(*V2, "sequence parallelism (CTAs along heads only)", (
         ("v2_parallel/forward.cuh",
@@ -51,18 +62,12 @@ VARIANTS = (
          "  store_state(O, softmax, smem, p, tile);\n  }\n}"),
         ("v2_parallel/launch.cuh", "dim3(unsigned(grid.tiles()))",
          "dim3(unsigned(grid.heads))"))),
-    Variant(*V2, "L2 locality (heads one after another)", (
+    Variant(*V2, "L2 locality (all heads side by side)", (
         ("v2_parallel/schedule.cuh", "kL2Bytes = 16 << 20;", "kL2Bytes = int64_t(1) << 40;"),)),
     Variant(*V3),
-    Variant(*V3, "ping-pong", (
-        ("v3_hopper/pipe.cuh", "named_arrive(kTurn, 2 * kGroupThreads);", "{}"),
-        ("v3_hopper/pipe.cuh", "    named_sync(kTurn + consumer, 2 * kGroupThreads);\n", ""),
-        ("v3_hopper/pipe.cuh",
-         "    named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);\n",
-         ""))),
-    Variant(*V3, "overlap inside a warpgroup", (
-        ("v3_hopper/forward.cuh", "wgmma_wait<1>();  // S is there",
-         "wgmma_wait<0>();  // S is there"),)),
+    Variant(*V3, "ping-pong", PING_PONG),
+    Variant(*V3, "overlap inside a warpgroup", OVERLAP),
+    Variant(*V3, "ping-pong and overlap inside a warpgroup", PING_PONG + OVERLAP),
     Variant(*V3, "a ring (one stage of K and of V)", (
         ("v3_hopper/traits.cuh", "kStages = 2,", "kStages = 1,"),
         ("v3_hopper/traits.cuh", "kStages = 4,", "kStages = 1,"))),

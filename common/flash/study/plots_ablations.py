@@ -18,26 +18,29 @@ SHOWN_CLOCKS = 12000
 def ablations(source: Source, theme: Theme) -> Figure | None:
     """Speed without an idea as a share of the speed with all of them, one bar for each."""
     rows = source.parts.get("ablations", [])
-    cases = list(dict.fromkeys((r["version"], r["case"]) for r in rows))
-    if not cases:
+    if not rows:
         return None
-    names = list(dict.fromkeys((r["version"], r["without"]) for r in rows))
-    figure, axes = sheet(theme, 1, 1, 9.0, 0.62 + 0.55 + 0.36 * len(rows), right=0.4)
+    groups = list(dict.fromkeys((r["version"], r["without"]) for r in rows))
+    lines = len(rows) + 1.3 * len(groups)
+    figure, axes = sheet(theme, 1, 1, 8.0, 1.17 + 0.24 * lines, right=0.4)
     ax = axes[0][0]
-    figure.subplots_adjust(left=0.42)
-    places, ticks = 0.0, []
-    for version, without in names:
+    figure.subplots_adjust(left=0.2)
+    place, ticks = 0.0, []
+    for version, without in groups:
+        ax.text(0.005, place, f"{version} without {without}", va="center", fontweight="bold")
         for row in (r for r in rows if (r["version"], r["without"]) == (version, without)):
+            place += 1
             share = row["tflops"] / row["baseline"]
-            ax.barh(places, share, height=0.62, color=theme.colors[version])
-            ax.text(share + 0.01, places, f"{share:.0%}", va="center", fontsize=7.5)
-            ticks.append((places, f"{version} without {without}, {row['case']}"))
-            places += 1
-        places += 0.4
+            ax.barh(place, share, height=0.7, color=theme.colors[version])
+            clear = 1.0 if 0.92 < share < 1 else share  # of the line at 1
+            ax.text(clear + 0.012, place, f"{share:.0%}", va="center", fontsize=7.5)
+            ticks.append((place, row["case"]))
+        place += 1.3
+    ax.set_ylim(-0.8, place - 0.5)
     ax.axvline(1, color=theme.ink, linewidth=0.8)
     ax.set_yticks([place for place, _ in ticks], [text for _, text in ticks])
     ax.invert_yaxis()
-    ax.set_xlim(0, max(1.12, 1.08 * max(r["tflops"] / r["baseline"] for r in rows)))
+    ax.set_xlim(0, max(1.15, 1.1 * max(r["tflops"] / r["baseline"] for r in rows)))
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("speed, as a share of the kernel with all of its ideas")
     heading(figure, f"What each idea brings — {source.device}", theme)
