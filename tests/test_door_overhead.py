@@ -13,9 +13,12 @@ import torch
 from grid import DEVICE, ON_GPU
 from test_overhead import best
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 import flash
+from flash import context_parallel
 from flash.compat.flash_attn import flash_attn_func
+from flash.compat.transformers import register
 from flash.engines import reference
 from flash.spec import Result
 
@@ -89,3 +92,24 @@ def test_sdpa(door: str, record_property: Record) -> None:
         if attempt >= 10 and slow - fast < LIMIT:
             break
     check(slow - fast, record_property)
+
+
+def test_transformers(record_property: Record) -> None:
+    attend = AttentionInterface()[register(backend=BACKEND)]
+    q, k, v = draw(1, 2, 8, 16)
+    layer, given = torch.nn.Identity(), {"scaling": 0.25, "position_ids": None, "use_cache": False}
+    door = added(
+        lambda: attend(layer, q, k, v, None, **given),
+        lambda: flash.attention(q, k, v, causal=True, layout="bhsd", scale=0.25, backend=BACKEND),
+    )
+    check(door, record_property)
+
+
+def test_context_parallel(record_property: Record) -> None:
+    """In a group of one nothing is exchanged."""
+    q, k, v = draw(1, 8, 2, 16)
+    door = added(
+        lambda: context_parallel.attention(q, k, v, causal=True, backend=BACKEND),
+        lambda: flash.attention(q, k, v, causal=True, backend=BACKEND),
+    )
+    check(door, record_property)

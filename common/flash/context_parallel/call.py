@@ -44,10 +44,17 @@ def attention(
     Returns:
         out, or (out, lse) with lse (batch, heads_q, rows held here); both differentiable.
     """
+    flag("causal", causal)
+    rings, parts = place(ring)[1], place(ulysses)[1]
+    both = isinstance(q, Tensor) and isinstance(k, Tensor)
+    if rings == parts == 1 and both and q.shape[1:2] == k.shape[1:2]:
+        return local_attention(
+            q, k, v, causal=causal, window=window, scale=scale, softcap=softcap,
+            deterministic=deterministic, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     check_inputs(q, k, v, "bshd")
     options = _checked(q, k, ring, 1, (causal, window, scale, softcap, deterministic, backend))
     flag("return_lse", return_lse)
-    rings, parts = place(ring)[1], place(ulysses)[1]
     if rings > 1 and q.shape[1] * parts % 2:
         hint = "pad the sequence and use flash.context_parallel.shard"
         raise wrong_value("rows", q.shape[1], "even, two chunks of the ring", hint)
@@ -87,6 +94,7 @@ def attention_varlen(
     Returns:
         out, or (out, lse) with lse (heads_q, rows held here); both differentiable.
     """
+    flag("causal", causal)
     check_inputs(q, k, v, "packed")
     options = _checked(q, k, ring, 0, (causal, window, scale, softcap, deterministic, backend))
     flag("return_lse", return_lse)
@@ -112,7 +120,6 @@ def attention_varlen(
 def _checked(q: Tensor, k: Tensor, ring: Group, dim: int, given: tuple[Any, ...]) -> dict[str, Any]:
     """The options that every step is given."""
     causal, window, scale, softcap, deterministic, backend = given
-    flag("causal", causal)
     make_spec(causal, window, scale, softcap, deterministic, q.shape[-1])
     if q.shape[dim] != k.shape[dim]:
         raise wrong_value("rows of k", k.shape[dim], f"those of q, {q.shape[dim]}")
