@@ -46,6 +46,19 @@ MODELS: dict[str, Callable[[], Any]] = {
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
         )
     ),
+    "modernbert": lambda: transformers.ModernBertForMaskedLM(  # windows that look both ways
+        transformers.ModernBertConfig(
+            **SIZES, **HEADS, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0,
+            local_attention=8, global_attn_every_n_layers=2, initializer_range=0.1,
+        )
+    ),
+    "bart": lambda: transformers.BartModel(  # attention of a decoder to an encoder
+        transformers.BartConfig(
+            d_model=256, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, dropout=0.0,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0,
+            vocab_size=VOCABULARY, max_position_embeddings=64, init_std=0.1,
+        )
+    ),
     "vit": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(**SIZES, **HEADS, image_size=32, patch_size=8, num_labels=5)
     ),
@@ -84,6 +97,8 @@ def inputs(model: str, padding: str | None, dtype: torch.dtype) -> dict[str, Ten
     given = {"input_ids": torch.randint(0, VOCABULARY, (BATCH, LENGTH), device=DEVICE)}
     if padding is not None:
         given["attention_mask"] = padded(padding)
+    if model == "bart":
+        given["decoder_input_ids"] = given["input_ids"][:, :9]
     return given
 
 
@@ -102,9 +117,9 @@ def logits(model: str, attention: str, dtype: torch.dtype, given: dict[str, Tens
     network = made(model, dtype)
     network.set_attn_implementation(attention)
     given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in given.items()}
-    options = {} if model in ("vit", "bert") else {"use_cache": False}
-    found: Tensor = network(**given, **options).logits
-    mask = given.get("attention_mask")
+    options = {"use_cache": False} if model in DECODERS else {}
+    found: Tensor = network(**given, **options)[0]
+    mask = given.get("attention_mask") if model != "bart" else None
     return (found if mask is None else found[mask.bool()]).double()
 
 
