@@ -5,7 +5,7 @@
 #include "v3_hopper/gemm.cuh"
 #include "v3_hopper/guard.cuh"
 #include "v3_hopper/load.cuh"
-#include "v3_hopper/softmax.cuh"
+#include "v3_hopper/settle.cuh"
 #include "v3_hopper/store.cuh"
 #include "v3_hopper/stream.cuh"
 
@@ -25,6 +25,7 @@ struct Consumer {
   uint32_t rP[Traits::kBlockKV / 4];  // (64, kBlockKV): P, 16-bit
   RowState state = kNoRows;
   float correction[2];
+  bool unseen = true;  // some row of this warp has no reference yet
 
   __device__ __forceinline__ void mask_boundary() {
     feature<Traits>(rS, scale);
@@ -39,9 +40,34 @@ struct Consumer {
       pipe.sync();  // all rows are written
       restore_poison<Traits>(args.p, work, work.row + next.group_row);
     }
-    pipe.staged_o = Traits::kStagesO;
     pipe.release_work(work);
     clear(rO);
+  }
+
+  // Softmax of the block in rS; true where O must be rescaled. The highest score is sought only
+  // while a row lacks a reference, as in a tile's first block.
+  template <bool kOpensTile>
+  __device__ __forceinline__ bool softmax(const unsigned char* sQ, const unsigned char* sK) {
+    bool risen = false;
+    mask_boundary();
+    if (kOpensTile) state = kNoRows;
+    if (Traits::kFeatured || kOpensTile || unseen) {
+      risen = update<Traits>(rS, state, correction, scale);
+      unseen = __any_sync(~0u, state.row_max[0] == -INFINITY || state.row_max[1] == -INFINITY);
+    }
+    BlockSum sum = exponentials(rS, state, scale);
+    if constexpr (!Traits::kFeatured && !kOpensTile) {
+      if (__any_sync(~0u, sum.row(0) > kLargeSum || sum.row(1) > kLargeSum)) {
+        float more[2];
+        settle<Traits>(rS, sum, state, more, scale, sQ, sK, [&] { mask_boundary(); });
+        correction[0] = risen ? correction[0] * more[0] : more[0];
+        correction[1] = risen ? correction[1] * more[1] : more[1];
+        risen = true;
+      }
+    }
+    state.row_sum[0] += sum.row(0);
+    state.row_sum[1] += sum.row(1);
+    return risen;
   }
 
   // S of block `next`, O += P V of the one before, softmax of the one under the other.
@@ -54,13 +80,11 @@ struct Consumer {
     pipe.give_turn();
     wgmma_wait<1>();  // S is there
     pin(rS);
-    pipe.release_k();
-    mask_boundary();
     const RowState finished = state;
-    if (kOpensTile) state = kNoRows;
-    const bool risen = update<Traits>(rS, state, correction, scale);
-    exponentials<Traits>(rS, state, scale);
+    const bool risen = softmax<kOpensTile>(pipe.tile_q(), sK);
     pin(rS);
+    pipe.release_k();
+    if (next.last()) pipe.release_q();
     if (!next.last()) pipe.wait_k();  // and no exponential sinks below the wait for O
     wgmma_wait<0>();                  // O is there, P and V are free
     pin(rO);
@@ -73,36 +97,45 @@ struct Consumer {
     pack<Traits>(rP, rS);
   }
 
-  __device__ __forceinline__ void run() {
-    clear(rO);
-    pipe.first_turn();
-    if (!next.open_tile(pipe)) return;
-    gemm_qk<Traits>(rS, pipe.tile_q(), pipe.wait_k());
+  // A tile's first scores, with nothing to run beside them; false at the end of the stream.
+  __device__ __forceinline__ bool open() {
+    if (!next.open_tile(pipe)) return false;
+    const auto* sK = pipe.wait_k();
+    gemm_qk<Traits>(rS, pipe.tile_q(), sK);
     wgmma_wait<0>();
     pin(rS);
+    softmax<true>(pipe.tile_q(), sK);
     pipe.release_k();
-    mask_boundary();
-    update<Traits>(rS, state, correction, scale);
-    exponentials<Traits>(rS, state, scale);
+    if (next.last()) pipe.release_q();
     pack<Traits>(rP, rS);
-    for (;;) {
-      const Work& work = *next.work;
-      while (!next.last()) {
-        next.advance();
-        step<false>(work);
-        pipe.release_o();
-      }
-      pipe.release_o();  // O of the tile before has left; the coming Q may wait for its slot
-      pipe.close_q();
-      if (!next.open_tile(pipe)) break;
-      step<true>(work);
-    }
+    return true;
+  }
+
+  // A tile's last O += P V, likewise.
+  __device__ __forceinline__ void close() {
     gemm_pv<Traits>(rO, rP, pipe.wait_v());
     wgmma_wait<0>();
     pin(rO);
     pipe.release_v();
     finish(*next.work, state);
-    pipe.release_o();  // shared memory stays until TMA has read it
+  }
+
+  __device__ __forceinline__ void run() {
+    clear(rO);
+    pipe.first_turn();
+    if (!open()) return;
+    for (;;) {
+      const Work& work = *next.work;
+      while (!next.last()) {
+        next.advance();
+        step<false>(work);
+      }
+      pipe.q.advance();
+      if (!next.open_tile(pipe)) break;
+      step<true>(work);
+    }
+    close();
+    wait_stores_read<0>();  // shared memory stays until then
   }
 };
 

@@ -76,25 +76,6 @@ struct Loader {
   }
 };
 
-// Brings the first things that a tile needs into L2, while earlier tiles are being computed.
-template <class Traits>
-__device__ __forceinline__ void prefetch_tile(const Arguments& args, const Work& work) {
-  const int key = key_row<Traits>(work, key_blocks<Traits>(work).end - 1);
-#pragma unroll 1
-  for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
-    const int column = chunk * Traits::kChunkColumns;
-#pragma unroll 1
-    for (int group = 0; group < Traits::kConsumers; ++group) {
-      prefetch_box(args.q, {column, query_row(work, group), work.head, work.batch});
-    }
-    prefetch_box(args.k, {column, key, work.head_kv, work.batch});
-  }
-#pragma unroll 1
-  for (int chunk = 0; chunk < Traits::kChunksV; ++chunk) {
-    prefetch_box(args.v, {chunk * Traits::kChunkColumns, key, work.head_kv, work.batch});
-  }
-}
-
 // Announces tile after tile; those whose rows see no key are finished here.
 template <class Traits>
 __device__ __forceinline__ void announce(const Arguments& args, typename Traits::Shared& shared) {
@@ -111,34 +92,41 @@ __device__ __forceinline__ void announce(const Arguments& args, typename Traits:
       __syncwarp();  // before the slot is written again
       continue;
     }
-    if (threadIdx.x % kWarp == 0) {
-      if (tile.head >= 0) prefetch_tile<Traits>(args, work);
-      shared.work_full[slot.slot].arrive();
-    }
+    if (threadIdx.x % kWarp == 0) shared.work_full[slot.slot].arrive();
     slot.advance();
     if (tile.head < 0) return;
   }
 }
 
-// Loads everything in the order in which consumers need it.
+// Loads everything in the order in which consumers need it: the first K and the Q of a tile before
+// the last V of the tile before.
 template <class Traits>
 __device__ __forceinline__ void produce(const Arguments& args, typename Traits::Shared& shared) {
   Loader<Traits> load{args, shared};
-  Ring<Traits::kWorkSlots> slot;
+  Ring<Traits::kWorkSlots> slot, previous;
+  int last_v = -1;  // block of V that the previous tile still lacks
   for (;; slot.advance()) {
     shared.work_full[slot.slot].wait(slot.parity);
     const Work& work = shared.work[slot.slot];
-    if (work.head < 0) return;
-    const Range blocks = key_blocks<Traits>(work);
-    load.load_k(work, blocks.end - 1);
-    load.load_q(work);
+    const bool more = work.head >= 0;
+    const Range blocks = more ? key_blocks<Traits>(work) : Range{0, 0};
+    if (more) {
+      load.load_k(work, blocks.end - 1);
+      if (Traits::kStagesQ > 1) load.load_q(work);  // else it waits for that V to be used
+    }
+    if (last_v >= 0) {
+      load.load_v(shared.work[previous.slot], last_v);
+      __syncwarp();
+      if (threadIdx.x == 0) shared.work_empty[previous.slot].arrive();
+      previous.advance();
+    }
+    if (!more) return;
+    if (Traits::kStagesQ == 1) load.load_q(work);
     for (int j = blocks.end - 2; j >= blocks.begin; --j) {
       load.load_k(work, j);
       load.load_v(work, j + 1);
     }
-    load.load_v(work, blocks.begin);
-    __syncwarp();
-    if (threadIdx.x == 0) shared.work_empty[slot.slot].arrive();
+    last_v = blocks.begin;
   }
 }
 

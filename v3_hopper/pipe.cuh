@@ -14,12 +14,12 @@ __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   for (int i = 0; i < Traits::kStagesQ; ++i) {
     for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
       shared.q_full[i][consumer].init(1);
-      shared.q_empty[i][consumer].init(1);
+      shared.q_empty[i][consumer].init(kGroupWarps);
     }
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     shared.k_full[i].init(1);
-    shared.k_empty[i].init(Traits::kConsumers);
+    shared.k_empty[i].init(Traits::kConsumers * kGroupWarps);
     shared.v_landed[i].init(1);
     shared.v_full[i].init(1 + kGuardWarps);
     shared.v_empty[i].init(Traits::kConsumers);
@@ -34,9 +34,8 @@ struct Pipes {
   typename Traits::Shared& shared;
   const int consumer;
   Ring<Traits::kWorkSlots> work;
-  Ring<Traits::kStagesQ> q, used_q;
+  Ring<Traits::kStagesQ> q;
   Ring<Traits::kStages> k, v;
-  bool staged_o = false;
 
   __device__ __forceinline__ const Work& wait_work() {
     shared.work_full[work.slot].wait(work.parity);
@@ -51,21 +50,12 @@ struct Pipes {
 
   __device__ __forceinline__ void wait_q() const { shared.q_full[q.slot][consumer].wait(q.parity); }
   __device__ __forceinline__ unsigned char* tile_q() const { return shared.q[q.slot][consumer]; }
-  // The last GEMM that reads this Q is done; the slot is free at once, or when O has left it.
-  __device__ __forceinline__ void close_q() {
-    if constexpr (!Traits::kStagesO) free_q(q.slot);
-    q.advance();
+  // The last GEMM that reads this Q is done.
+  __device__ __forceinline__ void release_q() const {
+    if (warp_leader()) shared.q_empty[q.slot][consumer].arrive();
   }
   __device__ __forceinline__ unsigned char* tile_o() const {
-    return shared.q[used_q.slot][consumer];
-  }
-  // O may have been staged in the slot of a closed Q, which is free once TMA has read it.
-  __device__ __forceinline__ void release_o() {
-    if (!staged_o) return;
-    staged_o = false;
-    if (leader()) wait_stores_read<0>();
-    free_q(used_q.slot);
-    used_q.advance();
+    return shared.o[Traits::kStagesO ? consumer : 0];
   }
 
   __device__ __forceinline__ const unsigned char* wait_k() {
@@ -73,7 +63,7 @@ struct Pipes {
     return shared.k[k.slot];
   }
   __device__ __forceinline__ void release_k() {
-    if (leader()) shared.k_empty[k.slot].arrive();
+    if (warp_leader()) shared.k_empty[k.slot].arrive();
     k.advance();
   }
 
@@ -102,9 +92,7 @@ struct Pipes {
   __device__ __forceinline__ void sync() const { named_sync(kDone + consumer, kGroupThreads); }
 
  private:
-  __device__ __forceinline__ void free_q(int slot) const {
-    if (leader()) shared.q_empty[slot][consumer].arrive();
-  }
+  __device__ __forceinline__ bool warp_leader() const { return threadIdx.x % kWarp == 0; }
   __device__ __forceinline__ bool leader() const { return threadIdx.x % kGroupThreads == 0; }
 };
 

@@ -1,6 +1,8 @@
 // The online softmax of one warpgroup's 64 rows: mask, update, rescale, normalize.
 #pragma once
 
+#include <cfloat>
+
 #include "v3_hopper/traits.cuh"
 
 namespace flash::v3 {
@@ -15,7 +17,7 @@ __device__ constexpr RowState kNoRows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
 
 struct Scale {
   float to_log2;  // exp2(to_log2 * S) is the exponential of the scaled score
-  float slack;    // how far S may exceed the reference before O is rescaled
+  float slack;    // how far S may exceed the reference before `update` raises it
   float scale, softcap;
 };
 
@@ -24,7 +26,7 @@ __device__ __forceinline__ Scale make_scale(const ForwardParams& p) {
   constexpr float kLog2E = 1.4426950408889634f;
   constexpr float kSlackLog2 = 8.0f;  // probabilities stay below 2^8: exact in fp32 sums
   const float to_log2 = Traits::kFeatured ? kLog2E : p.scale * kLog2E;
-  return {to_log2, kSlackLog2 / to_log2, p.scale, p.softcap};
+  return {to_log2, Traits::kFeatured ? kSlackLog2 / to_log2 : FLT_MAX, p.scale, p.softcap};
 }
 
 // Scores that are not a plain multiple of Q K^T.
@@ -73,9 +75,9 @@ __device__ __forceinline__ void mask(float (&s)[Traits::kBlockKV / 2], const Seq
   }
 }
 
-// Raises the reference of the exponentials in rows where a score exceeds it by the slack, which is
-// rare: then O must be rescaled by `correction`, and true is returned, to all of a warp. A row
-// depends on its own scores alone, so that its bits are the same whatever its neighbours are.
+// Raises the reference of the exponentials in rows where a score exceeds it by the slack: then O
+// must be rescaled by `correction`, and true is returned, to all of a warp. A row depends on its
+// own scores alone, so that its bits are the same whatever its neighbours are.
 template <class Traits>
 __device__ __forceinline__ bool update(const float (&s)[Traits::kBlockKV / 2], RowState& state,
                                        float (&correction)[2], const Scale& scale) {
@@ -102,10 +104,15 @@ __device__ __forceinline__ bool update(const float (&s)[Traits::kBlockKV / 2], R
   return true;
 }
 
-// S becomes P = exp(S - reference), and the sums grow.
-template <class Traits>
-__device__ __forceinline__ void exponentials(float (&s)[Traits::kBlockKV / 2], RowState& state,
-                                             const Scale& scale) {
+// S becomes P = exp(S - reference); returns the sums of this block.
+struct BlockSum {
+  float chain[2][2];  // two chains for each row
+  __device__ __forceinline__ float row(int half) const { return chain[half][0] + chain[half][1]; }
+};
+template <int N>
+__device__ __forceinline__ BlockSum exponentials(float (&s)[N], const RowState& state,
+                                                 const Scale& scale) {
+  BlockSum sum;
   float offset[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -113,10 +120,12 @@ __device__ __forceinline__ void exponentials(float (&s)[Traits::kBlockKV / 2], R
     offset[half] = reference * scale.to_log2;
   }
 #pragma unroll
-  for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
+  for (int i = 0; i < N; ++i) {
     s[i] = fast_exp2(fmaf(s[i], scale.to_log2, -offset[i / 2 % 2]));
-    state.row_sum[i / 2 % 2] += s[i];
+    float& chain = sum.chain[i / 2 % 2][i % 2];
+    chain = i < 4 ? s[i] : chain + s[i];
   }
+  return sum;
 }
 
 // P in the layout of a register operand: the accumulators' own order, two to a register.

@@ -1,5 +1,5 @@
-// O and LSE -> global. Each consumer stages its rows in the shared memory of its own, used-up Q and
-// hands them to TMA; no warpgroup waits for another.
+// O and LSE -> global. Each consumer stages its rows in shared memory of its own and hands them to
+// TMA; no warpgroup waits for another.
 #pragma once
 
 #include "v3_hopper/softmax.cuh"
@@ -52,31 +52,37 @@ __device__ __forceinline__ void store_rows(const ForwardParams& p, const Work& w
   }
 }
 
-// The rows of one consumer through shared memory, written by TMA.
+// Chunk after chunk of one consumer's rows through shared memory, written by TMA.
 template <class Traits>
 __device__ __forceinline__ void store_tile(const Arguments& args, const Work& work, int consumer,
                                            unsigned char* sO,
                                            const float (&o)[Traits::kHeadDimV / 2]) {
   const int lane = threadIdx.x % kWarp;
   const int tile_row = threadIdx.x % kGroupThreads / kWarp * 16 + lane % 16;
+  const bool leader = threadIdx.x % kGroupThreads == 0;
 #pragma unroll
   for (int group = 0; group < Traits::kHeadDimV / 8; group += 2) {
+    const int chunk = group / 8, place = chunk % Traits::kStagedO;
+    if (group % 8 == 0 && place == 0) {
+      if (leader) wait_stores_read<0>();
+      named_sync(kStaged + consumer, kGroupThreads);  // TMA has read what lay there
+    }
     uint32_t tile[4];  // columns 8 group..., rows 0-7 and 8-15, then the next 8 columns
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       tile[i] = pack_pair<typename Traits::Output>(o[4 * group + 2 * i], o[4 * group + 2 * i + 1]);
     }
     const int unit = (group % 8 + lane / 16) ^ lane % 8;  // 128-byte swizzle
-    store_tiles(sO + (group / 8 * kGroupRows + tile_row) * kChunkBytes + unit * 16, tile);
-  }
-  fence_async_proxy();
-  named_sync(kStaged + consumer, kGroupThreads);  // the tile is complete and TMA may read it
-  if (threadIdx.x % kGroupThreads == 0) {
+    store_tiles(sO + (place * kGroupRows + tile_row) * kChunkBytes + unit * 16, tile);
+    if ((group + 2) % (8 * Traits::kStagedO) != 0 && group + 2 < Traits::kHeadDimV / 8) continue;
+    fence_async_proxy();
+    named_sync(kStaged + consumer, kGroupThreads);  // complete, and TMA may read it
+    if (!leader) continue;
     const int row = int(work.sequence.row_q) + work.row + consumer * kGroupRows;
 #pragma unroll
-    for (int chunk = 0; chunk < Traits::kChunksV; ++chunk) {
-      store_box(args.o, sO + chunk * kGroupRows * kChunkBytes,
-                {chunk * Traits::kChunkColumns, row, work.head, work.batch});
+    for (int i = 0; i <= place; ++i) {
+      store_box(args.o, sO + i * kGroupRows * kChunkBytes,
+                {(chunk - place + i) * Traits::kChunkColumns, row, work.head, work.batch});
     }
     commit_stores();
   }
@@ -92,11 +98,12 @@ __device__ __forceinline__ void store_state(const Arguments& args, const Work& w
   const int row = work.row + thread_row;
   const int end_row = work.row + (consumer + 1) * kGroupRows;
   const bool inside = !p.cu_seqlens_q || end_row <= work.sequence.seqlen_q;
-  if (Traits::kStagesO && inside && !work.poisoned) {
-    store_tile<Traits>(args, work, consumer, sO, o);
-  } else {
-    store_rows<Traits>(p, work, row, o);
+  bool staged = false;
+  if constexpr (Traits::kStagesO) {
+    staged = inside && !work.poisoned;
+    if (staged) store_tile<Traits>(args, work, consumer, sO, o);
   }
+  if (!staged) store_rows<Traits>(p, work, row, o);
   float* gLSE =
       p.lse.data + work.batch * p.lse.batch + work.head * p.lse.head + work.sequence.row_q + row;
   if (threadIdx.x % 4 == 0 && p.lse.data != nullptr) {

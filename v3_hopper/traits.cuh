@@ -8,32 +8,39 @@ namespace flash::v3 {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kGroupThreads = 128;
+inline constexpr int kGroupWarps = kGroupThreads / kWarp;
 inline constexpr int kGroupRows = 64;  // query rows of one consumer warpgroup
 
 // The warps of the producer warpgroup, by their job.
 enum Role : int { kLoads = 0, kSchedules = 1, kGuards = 2 };
 inline constexpr int kGuardWarps = 2;
 
-// The sizes that were tuned, per head dim: consumers, keys of a tile, K/V stages, Q stages.
+// The sizes that were tuned, per head dim: consumers, keys of a tile (featured scores take more
+// registers: fewer keys then), K/V stages, Q stages, chunks of O that are staged at a time.
 template <int kHeadDim, int kHeadDimV>
 struct Tuning {
-  static constexpr int kConsumers = 2, kBlockKV = 128, kStages = 2, kStagesQ = 2;
+  static constexpr int kConsumers = 2, kBlockKV = 128, kFewer = 0, kStages = 2, kStagesQ = 2,
+                       kStagedO = 2;
 };
 template <>
 struct Tuning<64, 64> {
-  static constexpr int kConsumers = 3, kBlockKV = 128, kStages = 4, kStagesQ = 2;
+  static constexpr int kConsumers = 3, kBlockKV = 128, kFewer = 16, kStages = 4, kStagesQ = 2,
+                       kStagedO = 1;
 };
 template <>
 struct Tuning<192, 128> {
-  static constexpr int kConsumers = 2, kBlockKV = 128, kStages = 2, kStagesQ = 1;
+  static constexpr int kConsumers = 2, kBlockKV = 128, kFewer = 16, kStages = 2, kStagesQ = 1,
+                       kStagedO = 0;
 };
 template <>
 struct Tuning<192, 192> {
-  static constexpr int kConsumers = 2, kBlockKV = 112, kStages = 2, kStagesQ = 1;
+  static constexpr int kConsumers = 2, kBlockKV = 112, kFewer = 32, kStages = 2, kStagesQ = 1,
+                       kStagedO = 0;
 };
 template <>
 struct Tuning<256, 256> {
-  static constexpr int kConsumers = 2, kBlockKV = 80, kStages = 2, kStagesQ = 1;
+  static constexpr int kConsumers = 2, kBlockKV = 64, kFewer = 0, kStages = 2, kStagesQ = 1,
+                       kStagedO = 2;
 };
 
 // One tile of work, written by the scheduling warp and read by everyone else.
@@ -70,9 +77,7 @@ struct Traits {
   static constexpr int kHeadDimV = Instance::kHeadDimV;
   static constexpr int kConsumers = Tuned::kConsumers;
   static constexpr int kBlockQ = kConsumers * kGroupRows;
-  static constexpr bool kTight = Tuned::kConsumers == 3 || kHeadDim > 128;  // in registers
-  static constexpr int kBlockKV =
-      Tuned::kBlockKV - (kFeatured && kTight ? (kHeadDimV == 192 ? 32 : 16) : 0);
+  static constexpr int kBlockKV = Tuned::kBlockKV - (kFeatured ? Tuned::kFewer : 0);
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesQ = Tuned::kStagesQ;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
@@ -88,12 +93,15 @@ struct Traits {
   static constexpr int kBytesQ = kGroupRows * kChunks * kChunkBytes;  // of one consumer
   static constexpr int kBytesK = kBlockKV * kChunks * kChunkBytes;
   static constexpr int kBytesV = kBlockKV * kChunksV * kChunkBytes;
-  static constexpr bool kStagesO = kStagesQ > 1;  // O leaves through its Q's shared memory
+  static constexpr int kStagedO = Tuned::kStagedO;  // chunks of O that have room in shared memory
+  static constexpr bool kStagesO = kStagedO > 0;
+  static constexpr int kBytesO = kGroupRows * kStagedO * kChunkBytes;
   static constexpr int kWorkSlots = 4;
   static constexpr int kWorkReaders = kConsumers + kGuardWarps + 1;  // arrivals that free a slot
 
   struct Shared {
     alignas(1024) unsigned char q[kStagesQ][kConsumers][kBytesQ];
+    alignas(1024) unsigned char o[kStagesO ? kConsumers : 1][kStagesO ? kBytesO : 16];
     alignas(1024) unsigned char k[kStages][kBytesK];
     alignas(1024) unsigned char v[kStages][kBytesV];
     Work work[kWorkSlots];
