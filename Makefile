@@ -7,7 +7,7 @@ WORKERS ?= 2
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip install --quiet --disable-pip-version-check
-clang_sources = $(wildcard common/*.h common/*.cuh common/*.cpp v*_*/*.cuh)
+clang_sources = $(wildcard common/*.h common/*.cuh common/*.cpp v*_*/*.cuh bench/*/*.cu*)
 sources := pyproject.toml CMakeLists.txt $(wildcard cmake/* common/* common/flash/*.py \
   common/flash/*/*.py v*_*/*.py v*_*/*.cuh)
 

@@ -1,7 +1,7 @@
 """Writes the tables of README.md and of bench/results/<gpu>/README.md; nobody writes them by hand.
 
-`python -m bench.tables` rewrites them from the capability table and the recorded results,
-`python -m bench.tables --check` only says which are stale.
+`python -m bench.tables` rewrites them from the capability table and the recorded results, and draws
+the plots again where these have changed; `python -m bench.tables --check` only says what is stale.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import record, study_tables
+from bench import plots, record, study_tables
 from bench.digest import ROOT, instances
 from bench.study_tables import markdown
 from flash.study.sources import Source, collect
@@ -238,10 +238,12 @@ def stale(root: Path = ROOT) -> list[Path]:
 
 
 def main() -> int:
-    old = stale()
     if "--check" in sys.argv[1:]:
+        old = [*plots.stale(), *stale()]
         print("\n".join(f"stale: {path}" for path in old) or "tables: up to date")
         return int(bool(old))
+    if plots.stale():
+        plots.main()
     for path, text in wanted().items():
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}")

@@ -135,6 +135,16 @@ def test_interrupted_bench_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert "1 rows of 2 cases are kept" in result.stderr
 
 
+def test_rates_as_shares_of_measured_ceilings(tmp_path: Path) -> None:
+    limits = tmp_path / "limits.json"
+    files.write(limits, {"limits": [{"name": "mma.sync", "rate": 1e12}]})
+    asked = [*TINY, "--backend", "v2,torch", "--limits", str(limits), "--json"]
+    found = json.loads(call("bench", *asked).stdout)["rows"]
+    schedule, library = found
+    assert "share" not in schedule
+    assert library["share"] == pytest.approx(library["tflops"], rel=1e-2)
+
+
 def test_list_names_presets_and_backends() -> None:
     text = call("bench", "--list").stdout
     for name in (*cases.PRESETS, *competitors.NAMES):

@@ -85,6 +85,7 @@ def bench(
     budget_ms: Annotated[float, typer.Option(min=1, help="timed ms a row")] = 60.0,
     sustained: Annotated[float, typer.Option(min=0, help="seconds of load a row, too")] = 0.0,
     columns: Annotated[str, typer.Option(help="of the table; --columns all")] = "",
+    limits: Annotated[Path | None, typer.Option(help="file of python -m bench.limits")] = None,
     out: Annotated[Path | None, typer.Option(help="write JSON here, row by row")] = None,
     csv: Annotated[Path | None, typer.Option(help="write CSV here")] = None,
     list_names: Annotated[bool, typer.Option("--list", help="presets and backends")] = False,
@@ -110,6 +111,10 @@ def bench(
     if isinstance(shown, str):
         raise fail(shown)
     content, whole = race(wanted, chosen_backends(backend, where), where, budget_ms, sustained, out)
+    if limits is not None:
+        add_shares(content, limits)
+        if out is not None:
+            files.write(out, content)
     if csv is not None:
         csv.write_text(files.to_csv(content["rows"]))
     if as_json:
@@ -117,6 +122,17 @@ def bench(
     else:
         say(tables.bench(content, shown))
     raise typer.Exit(0 if whole else INTERRUPTED)
+
+
+def add_shares(content: Row, limits: Path) -> None:
+    """Each rate as a share of what its instructions give at most here."""
+    from flash.study.sources import Source
+
+    source = Source("here", parts={"limits": files.read(limits).get("limits", [])})
+    for row in content["rows"]:
+        share = source.share(row) if row["ran"] != "schedule" else None
+        if share is not None:
+            row["share"] = float(f"{share:.3g}")
 
 
 def race(

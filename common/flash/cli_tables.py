@@ -129,13 +129,13 @@ def mask_picture(inputs: list[Any], options: dict[str, Any]) -> str:
 
 
 BENCH_COLUMNS = {
-    "TFLOP/s": "tflops", "Time ms": "ms", "P10": "ms_p10", "P90": "ms_p90", "Error": "error",
-    "Memory": "memory_bytes", "MHz": "clock_mhz", "W": "power_w", "Calls": "calls",
-    "Sustained": "sustained_tflops", "J": "sustained_joules", "Sust. MHz": "sustained_clock_mhz",
-    "Sust. W": "sustained_power_w",
+    "TFLOP/s": "tflops", "Of ceiling": "share", "Time ms": "ms", "P10": "ms_p10", "P90": "ms_p90",
+    "Error": "error", "Memory": "memory_bytes", "MHz": "clock_mhz", "W": "power_w",
+    "Calls": "calls", "Sustained": "sustained_tflops", "J": "sustained_joules",
+    "Sust. MHz": "sustained_clock_mhz", "Sust. W": "sustained_power_w",
 }  # fmt: skip
-FIRST_COLUMNS = ("TFLOP/s", "Time ms", "P10", "P90", "Error", "Memory", "MHz", "W")
-FORMS = {"tflops": ".4g", "sustained_tflops": ".4g", "ms": ".4f", "ms_p10": ".4f",
+FIRST_COLUMNS = ("TFLOP/s", "Of ceiling", "Time ms", "P10", "P90", "Error", "Memory", "MHz", "W")
+FORMS = {"tflops": ".4g", "share": ".0%", "sustained_tflops": ".4g", "ms": ".4f", "ms_p10": ".4f",
          "ms_p90": ".4f", "error": ".1e", "sustained_joules": ".3g"}  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""The studies of a GPU, as far as a machine without one can run them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from bench import dram, end_to_end, gpu_check, study_tables
+from bench.digest import ROOT
+from flash.study.facts import apart
+from flash.study.sources import Source
+
+TINY = tuple(
+    end_to_end.Model(name, causal, width=64, heads=2, layers=2, vocabulary=64)
+    for name, causal in (("decoder", True), ("encoder", False))
+)
+SCRIPTS = ("limits", "memory", "end_to_end", "dram", "ablations", "trace")
+
+
+def test_training_agrees_and_learns() -> None:
+    rows = end_to_end.curves(6, 64, "cpu", TINY)
+    assert len(rows) == len(TINY) * len(end_to_end.ATTENTIONS)
+    for model in TINY:
+        own = [row for row in rows if row["model"] == model.name]
+        assert apart(own) < 2e-3
+        assert own[0]["losses"][-1] < own[0]["losses"][0]
+
+
+@pytest.mark.parametrize("model", TINY, ids=lambda m: m.name)
+def test_batches_ask_for_what_can_be_known(model: end_to_end.Model) -> None:
+    data = end_to_end.batches(model, 2, 3, 32, "cpu")
+    assert len(data) == 2
+    for x, target in data:
+        assert x.shape == target.shape == (3, 32)
+        asked = target != end_to_end.IGNORED
+        if model.causal:
+            assert torch.equal(x[:, 1:], target[:, :-1])
+        else:
+            assert bool((x[asked] == model.vocabulary).all())
+            assert bool((x[~asked] < model.vocabulary).all())
+
+
+def counted(kernel: str, number: int, metric: str, unit: str, value: str) -> dict[str, str]:
+    return {"ID": str(number), "Kernel Name": kernel, "Metric Name": dram.METRICS[metric],
+            "Metric Unit": unit, "Metric Value": value}  # fmt: skip
+
+
+def test_counts_are_summed_between_marks() -> None:
+    rows = [
+        counted(dram.MARK, 0, "dram_read", "byte", "9"),
+        counted(dram.MARK, 0, "l2_read", "sector", "9"),
+        counted("forward_kernel", 1, "dram_read", "Kbyte", "1,500.5"),
+        counted("forward_kernel", 1, "l2_read", "sector", "2"),
+        counted("other_kernel", 2, "dram_read", "Mbyte", "1"),
+        counted(dram.MARK, 3, "dram_read", "byte", "9"),
+        counted("forward_kernel", 4, "dram_write", "Gbyte", "2"),
+    ]
+    first, second = dram.sums(rows)
+    assert first == {"dram_read": 1500500 + 1e6, "dram_write": 0, "l2_read": 64, "l2_write": 0,
+                     "l2_reduce": 0}  # fmt: skip
+    assert second["dram_write"] == 2e9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
+@pytest.mark.parametrize("name", [*SCRIPTS, "gpu_check"])
+def test_without_a_gpu_a_study_says_so(name: str) -> None:
+    command = [sys.executable, "-m", f"bench.{name}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2, run.stderr
+    assert "needs a CUDA device" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_the_one_command_runs_every_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_check.STUDIES == SCRIPTS
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--end-to-end"])
+    assert gpu_check.parse().end_to_end
+
+
+def timed(name: str, tflops: float, **more: Any) -> dict[str, Any]:
+    return {"direction": "forward", "competitor": name, "head_dim": 128, "mask": "full",
+            "seqlen": 8192, "dtype": "bfloat16", "tflops": tflops, **more}  # fmt: skip
+
+
+def test_the_table_of_generations_reads_the_data() -> None:
+    source = Source("G", rows=[timed("v2", 300.0), timed("v3", 600.0)])
+    source.parts["limits"] = [{"name": "mma.sync", "rate": 6e14}, {"name": "wgmma bf16",
+                                                                   "rate": 8e14}]  # fmt: skip
+    source.sustained = [timed("v3", 500.0, joules=1.0, ms=2.0)]
+    v1, v2, v3 = study_tables.generations(source).splitlines()[2:]
+    assert v1.count("–") == 6
+    assert "| 300 | 50% |" in v2
+    assert "| 600 | 75% |" in v3
+    assert v3.endswith("| 1.00 |")
