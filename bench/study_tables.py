@@ -8,8 +8,8 @@ from typing import Any
 
 from bench import plots
 from flash.study import timeline
-from flash.study.facts import apart, picojoules
-from flash.study.ratios import winners
+from flash.study.facts import apart, picojoules, regular
+from flash.study.ratios import geomean, winners
 from flash.study.sources import Source
 
 Row = dict[str, Any]
@@ -19,6 +19,9 @@ IDEAS = {
     "v2": "Q blocks stay, K/V stream past; O stays in registers; CTAs along Q, warps along rows",
     "v3": "TMA and producer warps feed WGMMA; softmax of one warpgroup under the other's products",
 }
+OFFICIAL = {"v1": ("fa1",), "v2": ("sdpa-flash", "fa2"), "v3": ("fa3", "sdpa-cudnn", "fa4")}
+LABELS = {"sdpa-flash": "SDPA flash (FA2)", "sdpa-cudnn": "cuDNN", "fa3": "FA3", "fa4": "FA4"}
+DIMS = (64, 128, 256)
 TITLES = {
     "speed": "TFLOP/s against length", "error": "error against length",
     "roofline": "roofline under the measured ceilings", "traffic": "bytes moved",
@@ -69,6 +72,44 @@ def generations(source: Source) -> str:
         rows.append(cells)
     columns = ("", "idea", "forward", "of ceiling", "backward", "of ceiling", "DRAM GB", "pJ/FLOP")
     return markdown(columns, rows)
+
+
+def officials(source: Source) -> str:
+    """Each version against the official kernel of its generation, in the same races."""
+    rows = []
+    for name, peers in OFFICIAL.items():
+        for way in ("forward", "backward"):
+            ratios = dict(against(source, name, peers, way))
+            if not ratios:
+                continue
+            used = [p for p in peers if any(r["competitor"] == p for r in source.rows)]
+            cells = [geometric(v for k, v in ratios.items() if k[0] == d) for d in DIMS]
+            worst = min(ratios, key=lambda k: ratios[k])
+            least = f"{ratios[worst]:.2f} (d {worst[0]}, {worst[1]}, {worst[2]})"
+            beside = ", ".join(LABELS.get(p, p) for p in used)
+            rows.append((f"`{name}`", way, beside, *cells, geometric(ratios.values()), least))
+    columns = ("", "direction", "best of", *(f"d = {d}" for d in DIMS), "all", "least")
+    return markdown(columns, rows) if rows else ""
+
+
+def against(
+    source: Source, name: str, peers: Sequence[str], way: str
+) -> Iterable[tuple[tuple[int, str, int], float]]:
+    """(d, mask, S) and speed over that of the fastest peer there, 16-bit."""
+    cases: dict[tuple[int, str, int], dict[str, float]] = {}
+    for r in regular(source.rows):
+        if r["direction"] == way and r["dtype"] == "bfloat16":
+            key = (r["head_dim"], r["mask"], r["seqlen"])
+            cases.setdefault(key, {})[r["competitor"]] = r["tflops"]
+    for key, found in cases.items():
+        best = max((found[p] for p in peers if p in found), default=0.0)
+        if name in found and best:
+            yield key, found[name] / best
+
+
+def geometric(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{geomean(found):.2f}" if found else "–"
 
 
 def at(rows: Iterable[Row], way: str, name: str) -> Row | None:
@@ -168,6 +209,19 @@ def roles(source: Source) -> str:
     return "\n".join(f"- {line}" for line in text.splitlines())
 
 
+def spread(source: Source) -> str:
+    """Forward and backward of context parallel attention; linear is the share computed alone."""
+    columns = ("GPUs", "tokens", "way", "ms", "of linear scaling", "TFLOP/s per GPU", "peak GiB")
+    return markdown(columns, [
+        (
+            row["gpus"], row["tokens"], row["name"], f"{row['ms']:.0f}",
+            f"{row['linear']:.1%}" if row.get("linear") else "–", f"{row['tflops']:.0f}",
+            row.get("gib", "–"),
+        )
+        for row in source.parts["spread"] if "ms" in row
+    ])  # fmt: skip
+
+
 def sections(source: Source) -> list[tuple[str, str]]:
     """(heading, table) of everything that was measured."""
     found = []
@@ -183,6 +237,7 @@ def sections(source: Source) -> list[tuple[str, str]]:
         ("ablations", "Without one idea, `python -m bench.ablations`", ablations),
         ("fp8", "FP8 without one idea, error against fp64", quantization),
         ("timeline", "Roles of one CTA of v3's forward kernel, `python -m bench.trace`", roles),
+        ("spread", "One sequence over several GPUs, `torchrun -m bench.context_parallel`", spread),
     )
     for part, heading, make in makers:
         if source.parts.get(part):

@@ -149,6 +149,10 @@ def evolution(results: Path) -> str:
         parts += [f"On one {source.device}, bf16, d = 128, full, S = 8192 (DRAM: S = 4096), "
                   "TFLOP/s and share of what its tensor-core instruction gives at most:", "",
                   study_tables.generations(source), ""]  # fmt: skip
+        table = study_tables.officials(source)
+        if table:
+            parts += ["Speed over that of the official kernel of its generation in the same race, "
+                      "bf16, all masks and lengths (geometric means):", "", table, ""]  # fmt: skip
         drawn = study_tables.pictures(folder, f"bench/results/{folder.name}/plots",
                                       ("roofline", "traffic", "training"))  # fmt: skip
         parts += [line for one in drawn for line in (one, "")]

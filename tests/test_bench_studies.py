@@ -96,3 +96,14 @@ def test_the_table_of_generations_reads_the_data() -> None:
     assert "| 300 | 50% |" in v2
     assert "| 600 | 75% |" in v3
     assert v3.endswith("| 1.00 |")
+
+
+def test_the_table_against_the_official_kernels() -> None:
+    rows = [timed("v2", 300.0), timed("sdpa-flash", 200.0), timed("v3", 600.0),
+            timed("fa3", 800.0), timed("sdpa-cudnn", 500.0)]  # fmt: skip
+    lines = study_tables.officials(Source("G", rows=rows)).splitlines()[2:]
+    assert lines == [
+        "| `v2` | forward | SDPA flash (FA2) | – | 1.50 | – | 1.50 | 1.50 (d 128, full, 8192) |",
+        "| `v3` | forward | FA3, cuDNN | – | 0.75 | – | 0.75 | 0.75 (d 128, full, 8192) |",
+    ]
+    assert study_tables.officials(Source("G")) == ""

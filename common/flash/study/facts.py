@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from flash.study.sources import Row
 
 
@@ -14,3 +16,9 @@ def apart(rows: list[Row]) -> float:
     """Largest relative distance of loss curves from the first one, at any step."""
     base = rows[0]["losses"]
     return max(abs(x - y) / y for r in rows for x, y in zip(r["losses"], base, strict=True))
+
+
+def regular(rows: Iterable[Row]) -> list[Row]:
+    """Plain self-attention, full or causal."""
+    rare = ("seqlen_k", "heads_kv", "head_dim_v", "softcap")
+    return [r for r in rows if r["mask"] in ("full", "causal") and not any(map(r.get, rare))]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flash.study.facts import picojoules
+from flash.study.facts import picojoules, regular
 from flash.study.sources import Row, Source
 from flash.study.style import (
     DASHES,
@@ -53,12 +53,6 @@ def lines(ax: Axes, rows: list[Row], field: str, theme: Theme, scale: float = 1.
         )
         labels.append(Label(text, value, color(theme, name), early))
     return labels
-
-
-def regular(rows: Iterable[Row]) -> list[Row]:
-    """Plain self-attention, full or causal."""
-    rare = ("seqlen_k", "heads_kv", "head_dim_v", "softcap")
-    return [r for r in rows if r["mask"] in ("full", "causal") and not any(map(r.get, rare))]
 
 
 def panels_of(rows: list[Row]) -> tuple[list[int], list[str]]:
