@@ -11,11 +11,11 @@ of GPUs. TFLOP/s are per GPU by the papers' convention.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash
+from bench import record
 from flash import context_parallel as cp
+from flash.study.timing import Board
 
 Run = Callable[[], Any]
 HEADS, HEADS_KV, DIM = 32, 8, 128
@@ -43,11 +45,15 @@ def main() -> None:
             if name != "ring" and (place or name not in (args.only or [name])):
                 continue
             rows.append(measured(name, kind, tokens, device, args))
+            compared(rows[-1], rows)
             if dist.get_rank() == 0:
-                print(line(rows[-1], rows), flush=True)
+                print(line(rows[-1]), flush=True)
     if dist.get_rank() == 0 and args.json:
-        with open(args.json, "w") as file:
-            json.dump({"gpus": world, "rows": rows}, file, indent=1)
+        head = {"environment": record.environment({}, "cpu")}
+        if args.device == "cuda":
+            head = record.head(Board().facts())
+        about = {"date": record.now(), "command": "torchrun -m bench.context_parallel"}
+        record.write(args.json, {**head, **about, "spread": rows})
     dist.barrier()
     dist.destroy_process_group()
 
@@ -59,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
     parser.add_argument("--only", nargs="+", help="names of rows")
-    parser.add_argument("--json", default="")
+    parser.add_argument("--json", type=Path, help="where the figures are kept")
     return parser.parse_args()
 
 
@@ -210,20 +216,27 @@ def slowest(seconds: float, device: torch.device) -> float:
     return float(x)
 
 
-def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """tokens, name, ms, share of linear scaling, TFLOP/s per GPU, peak GiB"""
-    world, tokens = dist.get_world_size(), row["tokens_per_gpu"]
-    head = f"{tokens * world:>8} {row['name']:<18}"
+def compared(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Adds the rate per GPU, and the share's time in the row's."""
+    row["gpus"] = dist.get_world_size()
+    row["tokens"] = tokens = row["tokens_per_gpu"] * row["gpus"]
+    if "ms" not in row:
+        return
+    flops = 3.5 * 4 * HEADS * DIM * tokens * (tokens + 1) / 2 / row["gpus"]
+    row["tflops"] = round(flops / row["ms"] / 1e9, 1)
+    shares = [r for r in rows if r["name"] == "share alone" and r["tokens"] == tokens]
+    if shares and "ms" in shares[0]:
+        row["linear"] = round(shares[0]["ms"] / row["ms"], 4)
+
+
+def line(row: dict[str, Any]) -> str:
+    """tokens, way, ms, share of linear scaling, TFLOP/s per GPU, peak GiB, engine"""
+    head = f"{row['tokens']:>8} {row['name']:<18}"
     if "ms" not in row:
         return f"{head} {row['error'][:150]}"
-    shares = [r for r in rows if r["name"] == "share alone" and r["tokens_per_gpu"] == tokens]
-    alone = shares[0].get("ms") if shares else None
-    total = tokens * world
-    flops = 3.5 * 4 * HEADS * DIM * total * (total + 1) / 2 / world
-    linear = f"{alone / row['ms']:6.1%}" if alone else "     -"
-    rate = flops / row["ms"] / 1e9
-    memory = f"{row.get('gib', 0):6.1f} GiB"
-    return f"{head} {row['ms']:9.2f} ms {linear} {rate:7.1f} TFLOP/s {memory} {row['backend']}"
+    linear = f"{row['linear']:6.1%}" if "linear" in row else "     -"
+    rate, memory = f"{row['tflops']:7.1f} TFLOP/s", f"{row.get('gib', 0):6.1f} GiB"
+    return f"{head} {row['ms']:9.2f} ms {linear} {rate} {memory} {row['backend']}"
 
 
 if __name__ == "__main__":
