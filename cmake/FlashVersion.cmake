@@ -127,3 +127,30 @@ function(flash_add_version name)
   install(FILES ${generated}/_kernels.json DESTINATION flash/${name})
   message(STATUS "flash: ${name}: ${gencode_text}")
 endfunction()
+
+# The quantizer of v3: a module of its own, for it serves no attention call.
+function(flash_add_quantizer version)
+  flash_gencode(gencode "" 90a)
+  flash_wanted(version_wanted VERSIONS ${version})
+  if(NOT version_wanted OR NOT gencode)
+    return()
+  endif()
+  set(name ${version}_quantize)
+  python_add_library(${name} MODULE WITH_SOABI
+    ${version}/fp8_quantize.cu ${version}/fp8_quantize_binding.cpp)
+  target_link_libraries(${name} PRIVATE pybind11::headers)
+  target_include_directories(${name} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}
+    ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_compile_definitions(${name} PRIVATE FLASH_MODULE=_quantize)
+  target_compile_options(${name} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:${gencode};-O3;--expt-relaxed-constexpr;-Xptxas=-v;-Xcompiler=-Wall>
+    $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${FLASH_STRICT}>>:-Werror=all-warnings>
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall>)
+  set_target_properties(${name} PROPERTIES
+    OUTPUT_NAME _quantize CXX_STANDARD 17 CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden
+    LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/flash/${version}
+    CUDA_COMPILER_LAUNCHER
+      "${Python_EXECUTABLE};${CMAKE_CURRENT_FUNCTION_LIST_DIR}/compile.py;--strict=${FLASH_STRICT}")
+  target_link_options(${name} PRIVATE -Wl,--exclude-libs,ALL -s)
+  install(TARGETS ${name} LIBRARY DESTINATION flash/${version})
+endfunction()

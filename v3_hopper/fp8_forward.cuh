@@ -33,21 +33,26 @@ struct Consumer {
 
   // A block that only other consumers' rows see.
   __device__ __forceinline__ void skip() {
+    pipe.give_turn();
     pipe.wait_k();
     pipe.release_k();
     pipe.wait_v();
     pipe.release_v();
+    pipe.take_turn();
   }
 
-  // P of one block.
-  __device__ __forceinline__ void scores(const Work& work, int key, bool boundary) {
+  // P of one block. The tensor cores are this warpgroup's from its P V to its next S; its softmax
+  // runs under the others' turns.
+  __device__ __forceinline__ void scores(const Work& work, int key, bool boundary, bool last) {
     float rS[Traits::kBlockKV / 2];  // (64, kBlockKV)
     pipe.wait_k();
-    float factor = to_log2 * shared.k_descale[pipe.slot()];
-    gemm_qk<Traits>(rS, pipe.tile_q(), shared.k[pipe.slot()]);
+    float factor = to_log2 * pipe.k_descale();
+    gemm_qk<Traits>(rS, pipe.tile_q(), pipe.tile_k());
+    pipe.give_turn();
     wgmma_wait<0>();
     pin(rS);
     pipe.release_k();
+    if (last) pipe.release_q();
     if constexpr (Traits::kFeatured) {
       feature<Traits>(rS, args.p.softcap, factor);
       factor = 1.0f;
@@ -55,38 +60,38 @@ struct Consumer {
     if (boundary) mask<Traits>(rS, work.sequence, work.row + thread_row(), key);
     update<Traits>(rS, state, correction, factor);
     exponentials<Traits>(rP, rS, state, factor);
+    pipe.wait_v();
+    pin(rP);
+    pipe.take_turn();
   }
 
   // O and the row sums of one block; in parts, with as many in flight as there are registers for.
   __device__ __forceinline__ void accumulate() {
     constexpr int kPart = Traits::kPartV, kLast = (Traits::kPartsV - 1) * kPart;
     constexpr int kWide = kPart + Traits::kSumColumns;
-    pipe.wait_v();
-    const unsigned char* sV = shared.v[pipe.slot()];
-    change_units(state, correction, shared.v_descale[pipe.slot()]);
+    const unsigned char* sV = pipe.tile_v();
+    change_units(state, correction, pipe.v_descale());
+    [[maybe_unused]] float before[kPart / 2];  // the part before the last
     if constexpr (Traits::kPartsV == 4) {
-      float even[kPart / 2], odd[kPart / 2];
-      gemm_pv<Traits, 0, kPart>(even, rP, sV);
+      float odd[kPart / 2];
+      gemm_pv<Traits, 0, kPart>(before, rP, sV);
       gemm_pv<Traits, kPart, kPart>(odd, rP, sV);
       wgmma_wait<1>();
-      pin(even);
-      promote<0, kPart>(rO, even, correction);
-      gemm_pv<Traits, 2 * kPart, kPart>(even, rP, sV);
+      pin(before);
+      promote<0, kPart>(rO, before, correction);
+      gemm_pv<Traits, 2 * kPart, kPart>(before, rP, sV);
       wgmma_wait<1>();
       pin(odd);
       promote<kPart, kPart>(rO, odd, correction);
-      wgmma_wait<0>();
-      pin(even);
-      promote<2 * kPart, kPart>(rO, even, correction);
+    } else if constexpr (Traits::kPartsV == 2) {
+      gemm_pv<Traits, 0, kPart>(before, rP, sV);
     }
-    [[maybe_unused]] float half[kPart / 2];
-    if constexpr (Traits::kPartsV == 2) gemm_pv<Traits, 0, kPart>(half, rP, sV);
     float last[kWide / 2];
     gemm_pv<Traits, kLast, kWide>(last, rP, sV);
-    if constexpr (Traits::kPartsV == 2) {
+    if constexpr (Traits::kPartsV > 1) {
       wgmma_wait<1>();
-      pin(half);
-      promote<0, kPart>(rO, half, correction);
+      pin(before);
+      promote<kLast - kPart, kPart>(rO, before, correction);
     }
     wgmma_wait<0>();
     pin(last);
@@ -108,6 +113,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
+    pipe.first_turn();
     for (;;) {
       const Work& work = pipe.wait_work();
       if (work.head < 0) return;
@@ -121,13 +127,15 @@ struct Consumer {
       clear(rO);
       state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, 1.0f};
       pipe.wait_q();
+      pipe.take_turn();
       for (int block = blocks.end - end; block > 0; --block) skip();
       for (int block = end - 1; block >= first; --block) {
-        scores(work, block * Traits::kBlockKV, !unmasked.holds(block));
+        scores(work, block * Traits::kBlockKV, !unmasked.holds(block), block == first);
         accumulate();
       }
-      pipe.release_q();
+      if (first == end) pipe.release_q();
       for (int block = first - blocks.begin; block > 0; --block) skip();
+      pipe.give_turn();
       finish(work);
     }
   }
@@ -144,13 +152,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __syncthreads();
   if (warpgroup == 0) {
     shrink_registers<Traits::kProducerRegisters>();
-    const int role = threadIdx.x / kWarp;
-    if (role == kLoads) {
+    if (threadIdx.x < kWarp) {
       fp8::produce<Traits>(args, shared);
-    } else if (role == kSchedules) {
-      announce<Traits>(args, shared);
     } else {
-      transpose_all<Traits>(args, shared);
+      transpose_all<Traits>(shared);
     }
   } else {
     grow_registers<Traits::kConsumerRegisters>();

@@ -10,7 +10,7 @@ template <class Traits>
 __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   for (int i = 0; i < Traits::kWorkSlots; ++i) {
     shared.work_full[i].init(1);
-    shared.work_empty[i].init(Traits::kWorkReaders);
+    shared.work_empty[i].init(Traits::kConsumers);
   }
   for (int i = 0; i < Traits::kStagesQ; ++i) {
     for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
@@ -21,12 +21,12 @@ __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   for (int i = 0; i < Traits::kStages; ++i) {
     shared.k_full[i].init(2);  // the copy and the scale
     shared.k_empty[i].init(Traits::kConsumers);
-    shared.v_full[i].init(kGuardWarps);
+    shared.v_full[i].init(kTransposers);
     shared.v_empty[i].init(Traits::kConsumers);
   }
   for (int i = 0; i < Traits::kStagesRaw; ++i) {
-    shared.raw_full[i].init(1);
-    shared.raw_empty[i].init(kGuardWarps);
+    shared.raw_full[i].init(2);  // the copy and the scale
+    shared.raw_empty[i].init(kTransposers);
   }
   fence_barrier_init();
 }
@@ -36,48 +36,66 @@ template <class Traits>
 struct Loader {
   const Arguments& args;
   typename Traits::Shared& shared;
-  Ring<Traits::kStagesQ> q;
-  Ring<Traits::kStages> k;
-  Ring<Traits::kStagesRaw> raw;
+  Counter tile, k, v;
 
   __device__ __forceinline__ void load_q(const Work& at) {
+    const int slot = tile.template slot<Traits::kStagesQ>();
 #pragma unroll
     for (int group = 0; group < Traits::kConsumers; ++group) {
-      shared.q_empty[q.slot][group].wait(q.parity ^ 1);
+      shared.q_empty[slot][group].wait(tile.template parity<Traits::kStagesQ>() ^ 1);
       if (threadIdx.x == 0) {
-        Barrier& full = shared.q_full[q.slot][group];
+        Barrier& full = shared.q_full[slot][group];
         full.arrive_expect(Traits::kBytesQ);
-        load_rows<kGroupRows, Traits::kChunks>(shared.q[q.slot][group], args.q,
-                                               query_row(at, group), at.head, at.batch, full);
+        load_rows<kGroupRows, Traits::kChunks>(shared.q[slot][group], args.q, query_row(at, group),
+                                               at.head, at.batch, full);
       }
     }
-    q.advance();
   }
 
   __device__ __forceinline__ void load_k(const Work& at, int block) {
     const float descale =
         descale_of(args.p.k_descale, at.index, block * Traits::kBlockKV, at.head_kv);
-    shared.k_empty[k.slot].wait(k.parity ^ 1);
+    const int slot = k.template slot<Traits::kStages>();
+    shared.k_empty[slot].wait(k.template parity<Traits::kStages>() ^ 1);
     if (threadIdx.x == 0) {
-      Barrier& full = shared.k_full[k.slot];
+      Barrier& full = shared.k_full[slot];
       full.arrive_expect(Traits::kBytesK);
       load_rows<Traits::kBlockKV, Traits::kChunks>(
-          shared.k[k.slot], args.k, key_row<Traits>(at, block), at.head_kv, at.batch, full);
-      shared.k_descale[k.slot] = descale;
+          shared.k[slot], args.k, key_row<Traits>(at, block), at.head_kv, at.batch, full);
+      shared.k_descale[slot] = descale;
       full.arrive();
     }
-    k.advance();
+    ++k.passed;
   }
 
   __device__ __forceinline__ void load_v(const Work& at, int block) {
-    shared.raw_empty[raw.slot].wait(raw.parity ^ 1);
+    const int key = block * Traits::kBlockKV, keys = at.sequence.seqlen_k - key;
+    const bool packed = args.p.cu_seqlens_k != nullptr;
+    const Care care = !needs_guard<Traits>(at, block, packed) ? Care::kNone
+                      : packed && keys < Traits::kBlockKV     ? Care::kClean
+                                                              : Care::kLook;
+    const float descale = descale_of(args.p.v_descale, at.index, key, at.head_kv);
+    const int slot = v.template slot<Traits::kStagesRaw>();
+    shared.raw_empty[slot].wait(v.template parity<Traits::kStagesRaw>() ^ 1);
     if (threadIdx.x == 0) {
-      Barrier& full = shared.raw_full[raw.slot];
+      Barrier& full = shared.raw_full[slot];
       full.arrive_expect(Traits::kBytesRaw);
       load_rows<Traits::kBlockKV, Traits::kChunksV>(
-          shared.raw[raw.slot], args.v, key_row<Traits>(at, block), at.head_kv, at.batch, full);
+          shared.raw[slot], args.v, key_row<Traits>(at, block), at.head_kv, at.batch, full);
+      shared.orders[slot] = {care, keys, tile.template slot<Traits::kWorkSlots>(), descale};
+      full.arrive();
     }
-    raw.advance();
+    ++v.passed;
+  }
+
+  // No tile of V follows.
+  __device__ __forceinline__ void end() {
+    const int slot = v.template slot<Traits::kStagesRaw>();
+    shared.raw_empty[slot].wait(v.template parity<Traits::kStagesRaw>() ^ 1);
+    if (threadIdx.x == 0) {
+      shared.orders[slot].care = Care::kEnd;
+      shared.raw_full[slot].arrive(2);
+    }
   }
 
  private:
@@ -92,15 +110,26 @@ struct Loader {
   }
 };
 
-// Loads everything in the order in which it is needed; V early, for it is transposed first.
+// Announces tile after tile, and loads what it needs in the order in which it is needed; V early,
+// for it is transposed first. Tiles whose rows see no key are finished here.
 template <class Traits>
 __device__ __forceinline__ void produce(const Arguments& args, typename Traits::Shared& shared) {
+  Schedule<Traits> schedule(args, shared.walk);
   Loader<Traits> load{args, shared};
-  Ring<Traits::kWorkSlots> slot;
-  for (;; slot.advance()) {
-    shared.work_full[slot.slot].wait(slot.parity);
-    const Work& work = shared.work[slot.slot];
-    if (work.head < 0) return;
+  for (;;) {
+    const Tile tile = schedule.next();
+    const int slot = load.tile.template slot<Traits::kWorkSlots>();
+    Work& work = shared.work[slot];
+    shared.work_empty[slot].wait(load.tile.template parity<Traits::kWorkSlots>() ^ 1);
+    if (threadIdx.x == 0) describe(work, args.p, tile);
+    __syncwarp();
+    if (tile.head >= 0 && is_empty<Traits>(work)) {
+      store_nothing<Traits>(args.p, work);
+      __syncwarp();  // before the slot is written again
+      continue;
+    }
+    if (threadIdx.x == 0) shared.work_full[slot].arrive();
+    if (tile.head < 0) return load.end();
     const Range blocks = key_blocks<Traits>(work);
     load.load_k(work, blocks.end - 1);
     load.load_q(work);
@@ -110,7 +139,7 @@ __device__ __forceinline__ void produce(const Arguments& args, typename Traits::
       load.load_v(work, j);
     }
     __syncwarp();
-    if (threadIdx.x == 0) shared.work_empty[slot.slot].arrive();
+    ++load.tile.passed;
   }
 }
 

@@ -1,4 +1,4 @@
-// A consumer's side of the rings in FP8: K and V of a block stand in slots of the same number.
+// A consumer's side of the rings in FP8: wait for what has arrived, give it back, take turns.
 #pragma once
 
 #include "v3_hopper/fp8_traits.cuh"
@@ -12,7 +12,7 @@ template <class Traits>
 struct Pipes {
   typename Traits::Shared& shared;
   const int consumer;
-  Counter tile, block;
+  Counter tile, k, v;
 
   __device__ __forceinline__ const Work& wait_work() const {
     const int slot = tile.slot<Traits::kWorkSlots>();
@@ -34,20 +34,36 @@ struct Pipes {
     if (leader()) shared.q_empty[slot_q()][consumer].arrive();
   }
 
-  __device__ __forceinline__ int slot() const { return block.slot<Traits::kStages>(); }
   __device__ __forceinline__ void wait_k() const {
-    shared.k_full[slot()].wait(block.parity<Traits::kStages>());
+    shared.k_full[slot_k()].wait(k.parity<Traits::kStages>());
   }
-  __device__ __forceinline__ void release_k() const {
-    if (leader()) shared.k_empty[slot()].arrive();
+  __device__ __forceinline__ const unsigned char* tile_k() const { return shared.k[slot_k()]; }
+  __device__ __forceinline__ float k_descale() const { return shared.k_descale[slot_k()]; }
+  __device__ __forceinline__ void release_k() {
+    if (leader()) shared.k_empty[slot_k()].arrive();
+    ++k.passed;
   }
+
   __device__ __forceinline__ void wait_v() const {
-    shared.v_full[slot()].wait(block.parity<Traits::kStages>());
+    shared.v_full[slot_v()].wait(v.parity<Traits::kStages>());
   }
-  // The last that a consumer needs of a block.
+  __device__ __forceinline__ const unsigned char* tile_v() const { return shared.v[slot_v()]; }
+  __device__ __forceinline__ float v_descale() const { return shared.v_descale[slot_v()]; }
   __device__ __forceinline__ void release_v() {
-    if (leader()) shared.v_empty[slot()].arrive();
-    ++block.passed;
+    if (leader()) shared.v_empty[slot_v()].arrive();
+    ++v.passed;
+  }
+
+  // Consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of
+  // another.
+  __device__ __forceinline__ void first_turn() const {
+    if (consumer == Traits::kConsumers - 1) named_arrive(kTurn, 2 * kGroupThreads);
+  }
+  __device__ __forceinline__ void take_turn() const {
+    named_sync(kTurn + consumer, 2 * kGroupThreads);
+  }
+  __device__ __forceinline__ void give_turn() const {
+    named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);
   }
 
   // Waits for the other threads of this warpgroup.
@@ -55,6 +71,8 @@ struct Pipes {
 
  private:
   __device__ __forceinline__ int slot_q() const { return tile.slot<Traits::kStagesQ>(); }
+  __device__ __forceinline__ int slot_k() const { return k.slot<Traits::kStages>(); }
+  __device__ __forceinline__ int slot_v() const { return v.slot<Traits::kStages>(); }
   __device__ __forceinline__ bool leader() const { return threadIdx.x % kGroupThreads == 0; }
 };
 

@@ -8,11 +8,13 @@
 namespace flash::v3::fp8 {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLiftLog2 = 8.0f;  // P = 2^8 exp(S - maximum) <= 256, e4m3 ends at 448
+// P = 2^7 exp(S - reference), which e4m3 holds as long as a score exceeds its reference by no more
+// than the slack: 2^8.8 = 446 of 448.
+inline constexpr float kLiftLog2 = 7.0f, kSlackLog2 = 1.8f;
 
 // A thread holds parts of two rows, 8 apart; the four threads of a quad share them.
 struct RowState {
-  float row_max[2];  // of the scaled scores, times log2(e)
+  float row_max[2];  // reference of the exponentials: of the scaled scores, times log2(e)
   float row_sum[2];  // of P as rounded; whole in the first thread of a quad, others hold zeros
   float v_descale;   // O is in units of this
 };
@@ -34,8 +36,8 @@ __device__ __forceinline__ void feature(float (&s)[Traits::kBlockKV / 2], float 
   }
 }
 
-// Raises the maximum by a block of scores, S * to_log2 in its units. What was summed before has to
-// be multiplied by `correction`.
+// Raises the references where a score, S * to_log2, exceeds them by the slack, which is rare. What
+// was summed before has to be multiplied by `correction`.
 template <class Traits>
 __device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2], RowState& state,
                                        float (&correction)[2], float to_log2) {
@@ -44,15 +46,23 @@ __device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2], R
   for (int i = 4; i < Traits::kBlockKV / 2; ++i) {
     chain[i / 2 % 2][i % 2] = fmaxf(chain[i / 2 % 2][i % 2], s[i]);
   }
+  float highest[2];
+  bool risen = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float highest = fmaxf(chain[half][0], chain[half][1]);
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-    highest = fmaxf(highest * to_log2, state.row_max[half]);
-    const float reference = highest == -INFINITY ? 0.0f : highest;
-    correction[half] = fast_exp2(state.row_max[half] - reference);
-    state.row_max[half] = highest;
+    highest[half] = fmaxf(chain[half][0], chain[half][1]) * to_log2;
+    risen |= highest[half] > state.row_max[half] + kSlackLog2;
+    correction[half] = 1.0f;
+  }
+  if (!__any_sync(~0u, risen)) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float& found = highest[half];
+    found = fmaxf(found, __shfl_xor_sync(~0u, found, 1));
+    found = fmaxf(found, __shfl_xor_sync(~0u, found, 2));
+    found = fmaxf(found, state.row_max[half]);
+    correction[half] = fast_exp2(state.row_max[half] - (found == -INFINITY ? 0.0f : found));
+    state.row_max[half] = found;
   }
 }
 
@@ -68,7 +78,7 @@ __device__ __forceinline__ uint32_t pack_four(float a, float b, float c, float d
   return packed;
 }
 
-// P = 2^8 exp(S - maximum), as a register operand: 16 accumulators become one slab of 32 keys.
+// P as a register operand: 16 accumulators become one slab of 32 keys.
 template <class Traits>
 __device__ __forceinline__ void exponentials(uint32_t (&p)[Traits::kBlockKV / 8],
                                              float (&s)[Traits::kBlockKV / 2],

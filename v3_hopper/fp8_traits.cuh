@@ -6,6 +6,9 @@
 
 namespace flash::v3::fp8 {
 
+// The producer's warps: the first one schedules and loads, the others transpose.
+inline constexpr int kTransposers = 3;
+
 // The sizes that were tuned, per head dim: consumers, K/V stages, stages of V as it comes, Q
 // stages.
 template <int kHeadDim>
@@ -14,7 +17,19 @@ struct Tuning {
 };
 template <>
 struct Tuning<256> {
-  static constexpr int kConsumers = 2, kStages = 2, kStagesRaw = 1, kStagesQ = 1;
+  static constexpr int kConsumers = 2, kStages = 2, kStagesRaw = 2, kStagesQ = 1;
+};
+
+// What transposing a tile of V takes besides: nothing, a look for NaN, or zeros in place of NaN and
+// of rows behind the last key. After the last tile: the end.
+enum class Care : int { kNone, kLook, kClean, kEnd };
+
+// What the loading warp tells the transposing warps of a tile of V.
+struct Order {
+  Care care;
+  int keys;  // rows that count
+  int work;  // slot of its tile of work
+  float descale;
 };
 
 template <class Instance, bool kFeaturedScores>
@@ -52,7 +67,6 @@ struct Traits {
   static_assert(kBlockKV == kChunkBytes, "a transposed tile is one chunk wide");
   static constexpr bool kStagesO = false;
   static constexpr int kWorkSlots = 4;
-  static constexpr int kWorkReaders = kConsumers + kGuardWarps + 1;  // arrivals that free a slot
 
   struct Shared {
     alignas(1024) unsigned char q[kStagesQ][kConsumers][kBytesQ];
@@ -60,6 +74,7 @@ struct Traits {
     alignas(1024) unsigned char raw[kStagesRaw][kBytesRaw];  // V (keys, dv)
     alignas(1024) unsigned char v[kStages][kBytesV];         // V (dv, keys), and the ones
     float k_descale[kStages], v_descale[kStages];
+    Order orders[kStagesRaw];
     Work work[kWorkSlots];
     PackedWalk walk;
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
@@ -89,7 +104,7 @@ struct Counter {
 // The factor of what is stored in a row of Q, K or V; `sequence` counts also packed sequences.
 __device__ __forceinline__ float descale_of(const Descale& d, int sequence, int row, int head) {
   if (d.data == nullptr) return 1.0f;
-  const int block = d.rows > 0 ? row / d.rows : 0;
+  const int block = d.rows > 0 ? unsigned(row) / unsigned(d.rows) : 0;
   return d.data[sequence * d.batch + block * d.block + head * d.head];
 }
 

@@ -81,23 +81,21 @@ def settle(
 def quantized(
     q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None
 ) -> tuple[Tensor, Tensor, Tensor, Descale]:
-    """16-bit tensors as e4m3: one scale per block of rows, per head for packed sequences.
+    """16-bit tensors as e4m3, one scale per block of rows and K/V head.
 
     Q and K are rotated by the Hadamard matrix where the head dim is a power of two.
     """
     from flash.checks_more import BLOCK
-    from flash.quantize import quantize_fp8
+    from flash.quantize import quantize_fp8, quantize_packed
 
     dim = q.shape[-1]
     rotate = dim & (dim - 1) == 0
     if varlen is None:
         found = quantize_fp8(q, k, v, granularity="block", hadamard=rotate)
-        rows = [0 if s.shape[1] == 1 else BLOCK for s in (found.q_descale, found.k_descale)]
-        return *found[:3], Descale(*found[3:], *rows)
-    found = quantize_fp8(q[None], k[None], v[None], granularity="head", hadamard=rotate)
-    batch = varlen.cu_seqlens_q.shape[0] - 1
-    q_scale, k_scale, v_scale = (s.expand(batch, -1, -1) for s in found[3:])
-    return found.q[0], found.k[0], found.v[0], Descale(q_scale, k_scale, v_scale)
+    else:
+        found = quantize_packed(q, k, v, varlen, rotate, BLOCK)
+    rows = [0 if s.shape[1] == 1 else BLOCK for s in (found.q_descale, found.k_descale)]
+    return *found[:3], Descale(*found[3:], *rows)
 
 
 def run_forward(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from flash.engines import quantizer
+from flash.spec import Varlen
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -39,12 +43,51 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
     if min(block_q, block_kv) < 1:
         raise ValueError(f"block_q={block_q}, block_kv={block_kv}; both must be positive")
     heads_kv = k.shape[2]
-    if hadamard:
-        q, k = incoherent(q), incoherent(k)
-    sizes = ((q, block_q), (k, block_kv), (v, block_kv))
-    parts = [quantize(x, granularity, block, heads_kv) for x, block in sizes]
+    sizes = ((q, block_q, hadamard), (k, block_kv, hadamard), (v, block_kv, False))
+    parts = []
+    for x, block, rotate in sizes:
+        if quantizer.serves(x):
+            parts.append(quantizer.quantize(x, granularity, block, heads_kv, rotate))
+        else:
+            turned = incoherent(x) if rotate else x
+            parts.append(quantize(turned, granularity, block, heads_kv))
     (q8, q_descale), (k8, k_descale), (v8, v_descale) = parts
     return QuantizedQKV(q8, k8, v8, q_descale, k_descale, v_descale)
+
+
+def quantize_packed(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen,
+                    hadamard: bool, block: int) -> QuantizedQKV:  # fmt: skip
+    """The same for packed sequences: one scale for each sequence, block of its rows and K/V head.
+
+    Where no kernel serves, the sequences are cut apart, which on a GPU waits for their lengths.
+    """
+    sides = ((q, varlen.cu_seqlens_q, varlen.max_seqlen_q, hadamard),
+             (k, varlen.cu_seqlens_k, varlen.max_seqlen_k, hadamard),
+             (v, varlen.cu_seqlens_k, varlen.max_seqlen_k, False))  # fmt: skip
+    parts = []
+    for x, cu_seqlens, longest, rotate in sides:
+        if quantizer.serves(x):
+            packed = (cu_seqlens, longest)
+            parts.append(quantizer.quantize(x, "block", block, k.shape[1], rotate, packed))
+        else:
+            ends = cu_seqlens.tolist()
+            turned = incoherent(x) if rotate else x
+            parts.append(_by_sequence(turned, ends, longest, block, k.shape[1]))
+    (q8, q_descale), (k8, k_descale), (v8, v_descale) = parts
+    return QuantizedQKV(q8, k8, v8, q_descale, k_descale, v_descale)
+
+
+def _by_sequence(x: Tensor, ends: list[int], longest: int, block: int,
+                 heads_kv: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    blocks = max(1, -(-longest // block))
+    stored = torch.zeros(x.shape, dtype=E4M3, device=x.device)
+    scale = torch.ones(len(ends) - 1, blocks, heads_kv, device=x.device)
+    for i, (begin, end) in enumerate(itertools.pairwise(ends)):
+        if end > begin:
+            part, found = quantize(x[None, begin:end], "block", block, heads_kv)
+            stored[begin:end] = part[0]
+            scale[i, : found.shape[1]] = found[0]
+    return stored, scale
 
 
 def incoherent(x: Tensor) -> Tensor:
@@ -84,7 +127,8 @@ def quantize(x: Tensor, granularity: str, block: int, heads_kv: int) -> tuple[Te
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, blocks * block - rows))
     tiles = padded.reshape(batch, blocks, block, heads_kv, heads // max(1, heads_kv), dim)
     scale = descale_of(tiles.abs(), granularity == "tensor")  # (batch, blocks, heads_kv)
-    stored = (tiles / scale[:, :, None, :, None, None]).clamp(-E4M3_MAX, E4M3_MAX)
+    stored = tiles * scale.reciprocal()[:, :, None, :, None, None]
+    stored = stored.clamp(-E4M3_MAX, E4M3_MAX)
     stored = stored.masked_fill(tiles.isinf(), math.nan)  # e4m3 has no infinity
     return stored.reshape(padded.shape)[:, :rows].contiguous().to(E4M3), scale
 

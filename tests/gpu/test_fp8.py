@@ -1,0 +1,223 @@
+"""FP8 on the kernels: against fp64 and the schedule, guard bands, poison, equal bits, quantizer."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from flash.v3_hopper import schedule
+from grid import DEVICE, Case, dense, draw, vary, visible
+from guards import POISON, cumulative, guarded
+from torch import Tensor
+
+import flash
+from flash import dispatch
+from flash.capability import arch_of
+from flash.checks_more import BLOCK
+from flash.engines import quantizer
+from flash.quantize import incoherent, quantize
+from flash.spec import Descale, Spec
+
+FP8 = torch.float8_e4m3fn
+V3 = "v3_hopper"
+RUNS = int(os.environ.get("FLASH_TEST_RUNS", "200"))
+DIMS = (64, 96, 128, 256)
+LENGTHS = [(1, 1), (64, 128), (129, 129), (300, 300), (7, 513), (513, 200), (640, 1024)]
+CASES = [
+    *vary([Case(m, n, heads_q=4, batch=2) for m, n in LENGTHS], dim=list(DIMS),
+          causal=[False, True]),
+    *vary([Case(300, 400, heads_q=4)], dim=[64, 128, 256], window=[(70, 30), (0, 0), (None, 5)]),
+    *vary([Case(200, 260)], dim=[64, 128, 256], softcap=[5.0], causal=[False, True]),
+    *vary([Case(200, 260, causal="top-left")], dim=[64, 128, 256], scale=[None, -0.2, 0.0]),
+    *vary([Case(260, 300, heads_q=8, batch=2)], dim=[64, 128, 256], heads_kv=[1, 2, 8]),
+]  # fmt: skip
+
+
+def served(dim: int) -> bool:
+    problem = dispatch.Request(FP8, dim, dim, "forward", V3)
+    try:
+        dispatch.resolve(problem, DEVICE)
+    except flash.UnsupportedError:
+        return False
+    return arch_of(DEVICE) == (9, 0)
+
+
+BUILT = [dim for dim in DIMS if served(dim)]
+v3 = pytest.mark.parametrize("version", [V3] if BUILT else [])
+
+
+def cases(given: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [c for c in given if c.dim in BUILT], ids=str)
+
+
+def scales(case: Case, rows: int, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    shape = (case.batch, -(-rows // BLOCK), case.heads_kv)
+    return (torch.rand(shape, generator=g) * 0.8 + 0.6).to(DEVICE)
+
+
+def stored(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    q, k, v = (x.to(FP8) for x in draw(case)[:3])
+    return (q, k, v), (scales(case, case.seqlen_q, 1), scales(case, case.seqlen_k, 2),
+                       scales(case, case.seqlen_k, 3))  # fmt: skip
+
+
+def amid_nan(x: Tensor) -> Tensor:
+    """The values of (batch, rows, heads, dim) with NaN before, behind and in every gap."""
+    batch, n, h, d = x.shape
+    size = (batch + 2, n + 6, h + 2, d + 32)
+    around = torch.full(size, POISON, dtype=torch.uint8, device=x.device)
+    view = around[1 : batch + 1, 3 : n + 3, 1 : h + 1, 16 : d + 16]
+    view.copy_(x.view(torch.uint8))
+    return view.view(FP8)
+
+
+def wide(x: Tensor, scale: Tensor) -> Tensor:
+    index = torch.arange(x.shape[1], device=x.device) // BLOCK
+    group = x.shape[2] // scale.shape[2]
+    return x.double() * scale.double()[:, index].repeat_interleave(group, 2)[..., None]
+
+
+def attend(case: Case, qkv: tuple[Tensor, ...], descale: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    named = dict(zip(("q_descale", "k_descale", "v_descale"), descale, strict=True))
+    found: tuple[Tensor, ...] = flash.attention(
+        *qkv, **named, **case.options, return_lse=True, backend=V3
+    )
+    return found
+
+
+def assert_close(out: Tensor, lse: Tensor, exact: Tensor, exact_lse: Tensor) -> None:
+    """P has 3 bits of mantissa: each is off by up to 1/16, their mean by much less."""
+    seen = exact_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    assert not out.transpose(1, 2)[~seen].any()
+    assert torch.isfinite(out).all()
+    if seen.any():
+        assert (lse.double() - exact_lse)[seen].abs().max() < 1 / 16
+        assert (out.double() - exact).norm() <= 3.2e-2 * exact.norm() + 1e-6
+
+
+@v3
+@cases(CASES)
+def test_forward(version: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, descale = stored(case)
+    exact, exact_lse = dense(*(wide(x, s) for x, s in zip(qkv, descale, strict=True)), case)
+    hide = ~visible(case).any(0)[None, :, None, None]
+    nan = torch.tensor(float("nan"), device=DEVICE).to(FP8)
+    k, v = (torch.where(hide, nan, x) for x in qkv[1:])
+    given = [amid_nan(x) for x in (qkv[0], k, v)]
+    with guarded(monkeypatch):
+        out, lse = attend(case, tuple(given), descale)
+    assert_close(out, lse, exact, exact_lse)
+
+
+@v3
+@cases(vary([Case(400, 520, heads_q=4, batch=2)], dim=[64, 128, 256], causal=[False, True]))
+def test_error_is_that_of_the_schedule(version: str, case: Case) -> None:
+    """Against fp64 of what is stored, kernel and schedule are equally far off."""
+    qkv, descale = stored(case)
+    exact, _ = dense(*(wide(x, s) for x, s in zip(qkv, descale, strict=True)), case)
+    right = 0 if case.causal else None
+    spec = Spec(case.factor, right=right)
+    other = schedule.forward(*qkv, spec, descale=Descale(*descale, BLOCK, BLOCK)).out
+    out, _ = attend(case, qkv, descale)
+    kernel, plain = ((x.double() - exact).square().mean().sqrt() for x in (out, other))
+    assert kernel < 1.25 * plain
+
+
+@v3
+@cases(vary([Case(700, 700, heads_q=4)], dim=[64, 128, 256]))
+def test_nan_reaches_only_who_sees_it(version: str, case: Case) -> None:
+    (case,) = vary([case], causal=[True])
+    (q, k, v), descale = stored(case)
+    clean, _ = attend(case, (q, k, v), descale)
+    spoiled = v.float()
+    spoiled[:, 333, :, 5] = float("nan")
+    out, _ = attend(case, (q, k, spoiled.to(FP8)), descale)
+    assert torch.equal(out[:, :333], clean[:, :333])
+    assert out[:, 333:, :, 5].isnan().all()
+    assert torch.equal(out[:, 333:, :, :5], clean[:, 333:, :, :5])
+    keys = k.float()
+    keys[:, 333] = float("nan")
+    out, _ = attend(case, (q, keys.to(FP8), v), descale)
+    assert torch.equal(out[:, :333], clean[:, :333])
+    assert out[:, 333:].isnan().all()
+
+
+@v3
+@cases(vary([Case(600, 600, heads_q=4)], dim=[64, 128, 256], causal=[False, True]))
+def test_forward_gives_the_same_bits(version: str, case: Case) -> None:
+    qkv, descale = stored(case)
+    first = attend(case, qkv, descale)
+    for n in range(RUNS):
+        again = attend(case, qkv, descale)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), f"run {n}"
+
+
+@v3
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [d for d in (64, 128, 256) if d in BUILT])
+def test_packed(version: str, dim: int, causal: bool) -> None:
+    """One scale per block of every sequence, made by the quantizer; NaN between sequences' ends."""
+    lengths_q, lengths_k = [5, 300, 0, 129, 64], [9, 200, 40, 0, 500]
+    tensors = [torch.randn(n, 4, dim, device=DEVICE).bfloat16() for n in (498, 749, 749)]
+    ends_q, ends_k = cumulative(lengths_q), cumulative(lengths_k)
+    out, lse = flash.attention_varlen(
+        *tensors, ends_q, ends_k, 300, 500, causal=causal, precision="fp8", return_lse=True,
+        backend=V3,
+    )  # fmt: skip
+    a = b = 0
+    for m, n in zip(lengths_q, lengths_k, strict=True):
+        q, k, v = tensors[0][None, a : a + m], *(x[None, b : b + n] for x in tensors[1:])
+        a, b = a + m, b + n
+        if not m:
+            continue
+        mine, mine_lse = out[None, a - m : a], lse[None, :, a - m : a]
+        if not n:
+            assert not mine.any()
+            assert bool((mine_lse == -torch.inf).all())
+            continue
+        case = Case(m, n, dim, heads_q=4, heads_kv=4, causal=causal)
+        exact, exact_lse = dense(*(x.double() for x in (q, k, v)), case)
+        seen = exact_lse.isfinite()
+        assert torch.equal(mine_lse.isfinite(), seen)
+        assert (mine_lse - exact_lse)[seen].abs().max() < 0.3
+        assert (mine.double() - exact).norm() < 0.08 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "version", [V3] if quantizer.module() and arch_of(DEVICE) == (9, 0) else []
+)
+@pytest.mark.parametrize("hadamard", [True, False])
+@pytest.mark.parametrize("granularity", ["block", "head", "tensor"])
+@pytest.mark.parametrize("dim", quantizer.HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantizer_gives_what_the_cpu_gives(
+    version: str, dim: int, granularity: str, hadamard: bool, dtype: torch.dtype
+) -> None:
+    for rows, heads, heads_kv, block in ((300, 2, 2, 128), (128, 8, 2, 128), (1000, 6, 3, 64)):
+        x = torch.randn(2, rows, heads, dim).to(dtype)
+        x[0, 5, 1, 3], x[1, 100, 0, 9] = float("inf"), float("nan")
+        turned = incoherent(x) if hadamard else x
+        wanted, wanted_scale = quantize(turned, granularity, block, heads_kv)
+        on_gpu = x.to(DEVICE)
+        assert quantizer.serves(on_gpu)
+        found, scale = quantizer.quantize(on_gpu, granularity, block, heads_kv, hadamard)
+        assert torch.equal(scale.cpu(), wanted_scale)
+        torch.testing.assert_close(found.float().cpu(), wanted.float(), rtol=0, atol=0,
+                                   equal_nan=True)  # fmt: skip
+
+
+@v3
+@pytest.mark.parametrize("dim", [d for d in (64, 128, 256) if d in BUILT])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp8_forward_16_bit_backward(version: str, dim: int, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 300, 4, dim, device=DEVICE, dtype=dtype, requires_grad=True)
+               for _ in range(3))  # fmt: skip
+    out = flash.attention(q, k, v, causal=True, precision="fp8", backend=V3)
+    assert out.dtype == dtype
+    out.float().square().sum().backward()
+    exact, _ = dense(*(x.detach().double() for x in (q, k, v)), Case(300, 300, dim, causal=True))
+    assert (out.double() - exact).norm() < 0.08 * exact.norm()
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in (q, k, v))

@@ -1,0 +1,28 @@
+// 16-bit tensors into e4m3 with a scale per block of rows, per head or per tensor: one pass.
+#pragma once
+
+#include "common/params.h"
+
+namespace flash::v3::fp8 {
+
+// Who shares a scale: a block of rows, all rows of a head, or the whole tensor.
+enum class Granularity : int { kBlock = 0, kHead = 1, kTensor = 2 };
+
+struct QuantizeParams {
+  DType dtype = DType::kBFloat16;
+  View source;               // (batch, rows, heads, dim)
+  void* stored = nullptr;    // the same shape, contiguous, e4m3
+  float* descale = nullptr;  // (batch, blocks, heads_kv); one block unless per block
+  float* amax = nullptr;     // zeros: (batch, heads_kv) per head, one per tensor; not per block
+  const int* cu_seqlens = nullptr;  // (batch + 1): packed sequences, of at most `rows` rows
+  int batch = 0, rows = 0, heads = 0, heads_kv = 0, dim = 0;
+  int block_rows = 0;  // rows of a block; heads / heads_kv heads share its scale
+  Granularity granularity = Granularity::kBlock;
+  bool rotate = false;  // random signs and the Hadamard matrix over dim
+  cudaStream_t stream = nullptr;
+};
+
+// cudaErrorInvalidValue: a dtype or head dim that no kernel serves.
+cudaError_t quantize(const QuantizeParams& p);
+
+}  // namespace flash::v3::fp8
