@@ -230,7 +230,7 @@ def report(
         raise fail(f"no rows in {', '.join(map(str, given))}")
     written = page.write(sources, out, plots)
     for path in written:
-        progress().print(f"wrote {path}", highlight=False)
+        progress().print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def trace(

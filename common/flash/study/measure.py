@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,23 +87,26 @@ def prepare(
     for name in names:
         try:
             run = competitor(name, found.case, inputs)
-            off = error(run(), inputs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch tells there why it refuses, and raises too
+                off = error(run(), inputs)
             facts[name] = {"error": None if off is None else float(f"{off:.3g}")}
             if how.memory:
                 facts[name]["memory_bytes"] = memory_of(run, inputs.q.device)
             runs[name] = run
         except Exception as problem:
-            found.skipped[name] = reason(problem)
+            found.skipped[name] = reason(problem, OURS.get(name, "v3_hopper"))
         gc.collect()  # a graph that failed half-way holds memory
     return runs, facts
 
 
-def reason(problem: Exception) -> str:
+def reason(problem: Exception, version: str = "") -> str:
+    """In one line; of a refusal, what this version said."""
     if isinstance(problem, torch.OutOfMemoryError):
         return "out of memory"
     text = str(problem).strip().splitlines() or [""]
     if isinstance(problem, (UnsupportedError, BackendUnavailableError)):
-        return next(("; ".join(why) for why in problem.reasons.values() if why), text[0])
+        return "; ".join(problem.reasons.get(version, ())) or text[0]
     if isinstance(problem, Unfit):
         return text[0]
     return f"{type(problem).__name__}: {text[0][:160]}"
