@@ -110,8 +110,9 @@ def main() -> None:
     model = Model(args.layers, args.vocabulary, {**spread, "backend": args.backend})
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model.to(device, dtype)
+    mesh = dist.init_device_mesh(device.type, (world,))
     for part in (*model.blocks, model):
-        fully_shard(part, mesh=dist.init_device_mesh(device.type, (world,)))
+        fully_shard(part, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     places = cp.shard(torch.arange(args.seqlen), dim=0, **spread).to(device)
     begin = time.perf_counter()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from door_pages import run_example
+from grid import ON_GPU
+from small_models import BATCH, DECODER, DEVICE, LENGTH, MODELS, inputs, made
 from torch import Tensor
 
 import flash
@@ -20,54 +20,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH, LENGTH, VOCABULARY = 3, 24, 96
-SIZES = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4}
-DECODER = {
-    **SIZES, **HEADS, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64, "attention_dropout": 0.0, "initializer_range": 0.1,
-}  # fmt: skip
-WINDOW = {**DECODER, "sliding_window": 7}
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
-    "qwen": lambda: transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**DECODER, head_dim=64)
-    ),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**WINDOW)),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(
-            **WINDOW, head_dim=64, attn_logit_softcapping=2.0, query_pre_attn_scalar=64
-        )
-    ),
-    "bert": lambda: transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            **SIZES, **HEADS, vocab_size=VOCABULARY, max_position_embeddings=64,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1,
-        )
-    ),
-    "modernbert": lambda: transformers.ModernBertForMaskedLM(  # windows that look both ways
-        transformers.ModernBertConfig(
-            **SIZES, **HEADS, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0,
-            local_attention=8, global_attn_every_n_layers=2, initializer_range=0.1,
-        )
-    ),
-    "bart": lambda: transformers.BartModel(  # attention of a decoder to an encoder
-        transformers.BartConfig(
-            d_model=256, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, dropout=0.0,
-            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0,
-            vocab_size=VOCABULARY, max_position_embeddings=64, init_std=0.1,
-        )
-    ),
-    "vit": lambda: transformers.ViTForImageClassification(
-        transformers.ViTConfig(**SIZES, **HEADS, image_size=32, patch_size=8, num_labels=5)
-    ),
-}  # fmt: skip
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 DECODERS = ("llama", "qwen", "mistral", "gemma2")
 # torch on a CPU and whatever is newest on a GPU; then each generation
 SERVED = [
-    ("auto", torch.bfloat16 if DEVICE == "cuda" else torch.float32), ("v1", torch.float32),
+    ("auto", torch.bfloat16 if ON_GPU else torch.float32), ("v1", torch.float32),
     ("v2", torch.bfloat16), ("v3", torch.bfloat16),
 ]  # fmt: skip
 each = pytest.mark.parametrize("model", MODELS)
@@ -82,34 +39,6 @@ def served(backend: str, dtype: torch.dtype) -> bool:
     except flash.BackendUnavailableError:
         return False
     return True
-
-
-@functools.lru_cache(maxsize=32)
-def made(model: str, dtype: torch.dtype) -> Any:
-    torch.manual_seed(1)
-    return MODELS[model]().to(DEVICE, dtype).eval()
-
-
-def inputs(model: str, padding: str | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    torch.manual_seed(2)
-    if model == "vit":
-        return {"pixel_values": torch.randn(BATCH, 3, 32, 32, device=DEVICE).to(dtype)}
-    given = {"input_ids": torch.randint(0, VOCABULARY, (BATCH, LENGTH), device=DEVICE)}
-    if padding is not None:
-        given["attention_mask"] = padded(padding)
-    if model == "bart":
-        given["decoder_input_ids"] = given["input_ids"][:, :9]
-    return given
-
-
-def padded(side: str) -> Tensor:
-    """One row without padding, one with a little, one with much."""
-    places = torch.arange(LENGTH, device=DEVICE)
-    hidden = torch.tensor([0, 2, 9], device=DEVICE)[:, None]
-    if side == "left":
-        return (places >= hidden).long()
-    right = (places < LENGTH - hidden).long()
-    return right if side == "right" else right * (places >= 3)
 
 
 @torch.no_grad()
@@ -144,7 +73,7 @@ def test_logits(model: str, backend: str, dtype: torch.dtype, padding: str | Non
         pytest.skip("no such kernels on this machine")
     if model == "vit" and padding is not None:
         return
-    if DEVICE == "cpu" and backend in ("v2", "v3") and padding == "right":
+    if not ON_GPU and backend in ("v2", "v3") and padding == "right":
         return  # the schedules take their time
     check(model, backend, dtype, inputs(model, padding, dtype))
 
