@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ PENDING = "pending.json"  # versions whose present sources have no passing GPU r
 
 
 def commit() -> str:
-    """The commit that was measured; empty outside a clone."""
+    """The commit that was measured; outside a clone, the one that FLASH_COMMIT names."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return found or os.environ.get("FLASH_COMMIT", "")[:12]
 
 
 def head(board: dict[str, Any]) -> Row:
