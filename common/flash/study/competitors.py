@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import flash
+from flash.checks_more import BLOCK
 from flash.study.cases import Case
-from flash.study.inputs import Inputs
+from flash.study.inputs import FP8, Inputs
 
 OURS = {"v1": "v1_tiling", "v2": "v2_parallel", "v3": "v3_hopper"}
 SDPA = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -77,12 +78,24 @@ def ran(name: str, device: str) -> str:
 
 def _ours(backend: str, case: Case, x: Inputs, **more: Any) -> Run:
     options: dict[str, Any] = {**case.options, **more, "backend": backend}
+    if x.q.dtype == FP8:
+        options.update(unit_scales(x))
     if case.direction == "forward":
         return lambda: (flash.attention(x.q, x.k, x.v, **options),)
     if x.saved is None:
         raise Unfit("no output and LSE of a forward pass")
     given = (x.dout, x.q, x.k, x.v, *x.saved)
     return lambda: tuple(flash.attention_backward(*given, **options))
+
+
+def unit_scales(x: Inputs) -> dict[str, Tensor]:
+    """Scales of 1, one for each block of rows and K/V head."""
+    return {
+        f"{name}_descale": torch.ones(
+            t.shape[0], -(-t.shape[1] // BLOCK), x.k.shape[2], device=t.device
+        )
+        for name, t in (("q", x.q), ("k", x.k), ("v", x.v))
+    }
 
 
 def _autograd(forward: Forward, case: Case, x: Inputs) -> Run:
