@@ -9,6 +9,7 @@
 #pragma once
 
 #include "v3_hopper/gemm_backward.cuh"
+#include "v3_hopper/guard_backward.cuh"
 #include "v3_hopper/load_backward.cuh"
 #include "v3_hopper/softmax_backward.cuh"
 #include "v3_hopper/store_backward.cuh"
@@ -62,6 +63,20 @@ struct KeyConsumer {
 
   __device__ __forceinline__ bool masked(int row) const {
     return !sequence.all_visible(row, Traits::kBlockQ, first_key, 64);
+  }
+
+  // Are there keys that dQ would spread to rows that do not see them? Same answer in all threads.
+  __device__ __forceinline__ bool find_poison() const {
+    const int begin = tile.block * Traits::kBlockKV;
+    const Range rows = sequence.rows(begin, Traits::kBlockKV);
+    if (sequence.all_visible(rows.begin, rows.end - rows.begin, begin, Traits::kBlockKV)) {
+      return false;
+    }
+    return any_at(kKeysRead, kThreads, find_non_finite(shared.k, key, 64, kWarpgroup));
+  }
+  __device__ __forceinline__ void remove_poison() const {
+    remove_non_finite(shared.k, key, 64, kWarpgroup, shared.poison);
+    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);  // these keys are zero now
   }
 
   // Rounds a gradient into this warpgroup's rows of a tile that nobody reads any more.
@@ -236,6 +251,7 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
       load_fragment(r.k, shared.k, self.key);
       pin(r.k);
     }
+    if (self.find_poison()) self.remove_poison();
     issue_scores(self, r, ring.q);
     shared.v_full.wait(0);
     if constexpr (Traits::kRoomy) {
@@ -258,6 +274,9 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
     pin(r.p16);
     pin(r.dk);
     pin(r.dv);
+    const int first = self.key - self.first_key + self.position(0).key;
+    spoil(r.dk, shared.poison, first);
+    spoil(r.dv, shared.poison, first);
   }
   named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);
   self.stage(shared.v, r.dv, 1.0f);
@@ -284,6 +303,7 @@ __global__ __launch_bounds__(Traits::kThreads,
       shared.dq_full[i].init(4);  // once per warp
       shared.dq_free[i].init(1);
     }
+    for (uint32_t& bits : shared.poison) bits = 0;
     init_barriers<Traits>(shared);
   }
   __syncthreads();

@@ -87,6 +87,7 @@ template <class Traits>
 struct RowConsumer {
   using Element = typename Traits::Element;
   static constexpr int kScores = Traits::kBlockKV / 2;
+  static constexpr int kThreads = Traits::kConsumers * kWarpgroup;
 
   typename Traits::Shared& shared;
   const BackwardParams& p;
@@ -128,6 +129,17 @@ struct RowConsumer {
     wgmma_commit();
   }
 
+  // Both warpgroups have their S of these keys; those that are not finite become zero before dQ
+  // would spread them to rows that do not see them.
+  template <class Tile>
+  __device__ __forceinline__ void guard_keys(Tile& keys, int key) const {
+    const int row = first_row - 64 * warpgroup;
+    if (sequence.all_visible(row, Traits::kBlockQ, key, Traits::kBlockKV)) return;
+    if (!any_at(kKeysRead, kThreads, find_non_finite(keys, 0, Traits::kBlockKV, kThreads))) return;
+    remove_non_finite(keys, 0, Traits::kBlockKV, kThreads, nullptr);
+    named_sync(kKeysRead, kThreads);
+  }
+
   // S -> P, with the mask where the block needs one; true if it did.
   __device__ __forceinline__ bool find_probabilities(const Exponent& exponent, int key) {
     const bool masked = !sequence.all_visible(first_row, 64, key, Traits::kBlockKV);
@@ -154,6 +166,7 @@ struct RowConsumer {
                                             Ring<Traits::kStagesV>& ring_v) {
     const int slot = ring_k.slot;
     pin(s);
+    guard_keys(shared.k[slot], key);
     const bool masked = find_probabilities(exponent, key);
     shared.v_full[ring_v.slot].wait(ring_v.parity);
     pin(dp);

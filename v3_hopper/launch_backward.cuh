@@ -85,7 +85,7 @@ cudaError_t launch_narrow(const BackwardParams& p) {
   if (status != cudaSuccess) return status;
   constexpr int kDim = Traits::kPaddedDim;
   const Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
-  const dim3 rows(blocks_of(p.seqlen_q), p.heads_q, p.batch);
+  const dim3 rows = row_blocks(p);
   const dim3 tiles(scratch.tiles_per_head * p.heads_kv * p.batch);
   if (rows.x > 0) {
     status = launch(prepare_rows<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
@@ -111,7 +111,7 @@ cudaError_t launch_wide(const BackwardParams& p) {
   }
   if (status != cudaSuccess) return status;
   const Scratch scratch = make_scratch(p, 0, Keys::kBlockKV);
-  const dim3 rows(blocks_of(p.seqlen_q), p.heads_q, p.batch);
+  const dim3 rows = row_blocks(p);
   const dim3 key_tiles(scratch.tiles_per_head * p.heads_kv * p.batch);
   const dim3 row_tiles((p.seqlen_q + Queries::kBlockQ - 1) / Queries::kBlockQ * p.heads_q *
                        p.batch);

@@ -11,27 +11,39 @@ inline constexpr int kRowThreads = 256;
 
 // The 64 query rows of one block: where they lie in tensors and in scratch memory.
 struct RowBlock {
+  int batch, head;
   int row, rows;  // first row in the sequence; valid rows, maybe none
   int64_t packed_row;
   int64_t index;  // of the block, all heads counted
   bool sees_keys;
 
   __device__ __forceinline__ RowBlock(const BackwardParams& p, const Scratch& scratch) {
-    const int batch = blockIdx.z;
+    const int blocks = int(blocks_of(p.seqlen_q));  // of every head, in one dimension of the grid
+    const int block = blockIdx.x % blocks;
+    head = blockIdx.x / blocks % p.heads_q;
+    batch = blockIdx.x / blocks / p.heads_q;
     const Sequence sequence(p, batch);
-    row = blockIdx.x * kGradientRows;
+    row = block * kGradientRows;
     rows = min(kGradientRows, sequence.seqlen_q - row);
     packed_row = sequence.row_q + row;
     const Range keys = sequence.keys(row, kGradientRows);
     sees_keys = keys.begin < keys.end;
-    index = blockIdx.y * scratch.blocks + first_block(p, sequence, batch) + blockIdx.x;
+    index = head * scratch.blocks + first_block(p, sequence, batch) + block;
   }
   template <class Element>
   __device__ __forceinline__ Element* of(const View& view) const {
-    return static_cast<Element*>(view.data) + blockIdx.z * view.batch + blockIdx.y * view.head +
+    return static_cast<Element*>(view.data) + batch * view.batch + head * view.head +
            packed_row * view.row;
   }
+  // Of a statistic of all rows, this block's.
+  __device__ __forceinline__ const float* of(const RowStats& stats) const {
+    return stats.data + batch * stats.batch + head * stats.head + packed_row;
+  }
 };
+
+inline dim3 row_blocks(const Problem& p) {
+  return dim3(unsigned(blocks_of(p.seqlen_q) * p.heads_q * p.batch));
+}
 
 // Sum of the products of 8 pairs of 16-bit elements.
 template <class Element>
@@ -74,15 +86,11 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows(
     float lse = -INFINITY * unit;
     float delta = 0.0f;
     if (row < block.rows) {
-      const int64_t at = blockIdx.z * p.lse.batch + blockIdx.y * p.lse.head + block.packed_row;
-      const float natural = p.lse.data[at + row];
+      const float natural = block.of(p.lse)[row];
       if (natural != -INFINITY) {
         lse = -natural * unit;
         delta = -sum;
-        if (p.dlse.data != nullptr) {
-          delta += p.dlse.data[blockIdx.z * p.dlse.batch + blockIdx.y * p.dlse.head +
-                               block.packed_row + row];
-        }
+        if (p.dlse.data != nullptr) delta += block.of(p.dlse)[row];
       }
     }
     scratch.lse[block.index * kGradientRows + row] = lse;

@@ -46,7 +46,7 @@ inline cudaError_t make_map(CUtensorMap& map, const View& view, const MapShape& 
     size[i] = cuuint64_t(sizes[i] > 0 ? sizes[i] : 1);
     if (i == 0) continue;
     const int64_t bytes = size[i] == 1 ? harmless : strides[i] * shape.element_bytes;
-    if (bytes <= 0 || bytes % 16 != 0) return cudaErrorInvalidValue;
+    if (bytes < 0 || bytes % 16 != 0) return cudaErrorInvalidValue;  // 0: broadcast
     stride_bytes[i - 1] = cuuint64_t(bytes);
   }
   if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return cudaErrorInvalidValue;

@@ -52,7 +52,8 @@ struct BackwardTraits {
     TileDS ds[2];                                // one is read while one is written
     float lse[kStagesQ][kBlockQ];
     float delta[kStagesDO][kBlockQ];
-    int row[kStagesQ];  // first row of the block in the slot
+    int row[kStagesQ];               // first row of the block in the slot
+    uint32_t poison[kBlockKV / 32];  // a bit for every key that was not finite
     Barrier k_full, v_full, landed;
     Barrier q_full[kStagesQ], q_free[kStagesQ];
     Barrier dout_full[kStagesDO], dout_free[kStagesDO];
