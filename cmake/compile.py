@@ -16,8 +16,6 @@ SPILL = re.compile(r"(\d+) bytes spill stores")
 # Spills that were looked at and left, in bytes per thread; more of them, or elsewhere, is an error.
 KNOWN_SPILLS = {
     "v1_tiling/forward_bf16_128": 8,  # sm_80, plain scores
-    "v2_parallel/forward_bf16_128": 16,  # sm_90; 4 with plain scores
-    "v2_parallel/forward_fp16_128": 16,
 }
 
 

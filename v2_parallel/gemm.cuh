@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "v2_parallel/load.cuh"
+#include "v2_parallel/pipeline.cuh"
 #include "v2_parallel/softmax.cuh"
 
 namespace flash::v2 {
@@ -25,14 +25,13 @@ struct Query {
   }
 };
 
-// S = Q K_j^T, not scaled. The copy of a later block is started between the products, where its
-// instructions cost no time.
-template <class Traits>
-__device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<Traits>& Q,
-                                        const Shared<Traits>& smem, int j,
-                                        KeyValueCopy<Traits> later) {
+// S = Q K_j^T, not scaled, for the first of kParts equal parts of the keys. The copy of a later
+// block is started between the products, where its instructions cost no time.
+template <int kParts, class Traits, class Copy>
+__device__ __forceinline__ void multiply_qk(typename Traits::Scores& S, const Query<Traits>& Q,
+                                            const Shared<Traits>& smem, int j, Copy later) {
   using Rows = typename Traits::KeyRows;
-  const uint32_t sK = smem.k(j) + smem.key_lane;
+  const uint32_t sK = smem.k(j) + opaque(smem.key_lane());
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
@@ -41,14 +40,15 @@ __device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<
       for (int e = 0; e < 4; ++e) S[m][n][e] = 0.0f;
     }
   }
-  constexpr int kPairs = Traits::kTilesKV / 2;  // of 8 keys: one load of K each
+  constexpr int kPairs = Traits::kTilesKV / 2 / kParts;  // of 8 keys: one load of K each
   constexpr int kProducts = Traits::kStepsQK * kPairs;
   uint32_t rQ[2][Traits::kTilesQ][4];  // (kRowsPerWarp, 16), this step and the next
   uint32_t rK[Traits::kAhead + 1][4];  // (16, 16)
   auto fetch = [&](int i) {
     if (i >= kProducts) return;
-    ldmatrix_x4(rK[i % (Traits::kAhead + 1)],
-                Rows::advance(sK, i / kPairs * 2) + i % kPairs * 16 * Rows::kRowBytes);
+    ldmatrix_x4(
+        rK[i % (Traits::kAhead + 1)],
+        Rows::advance(sK, i / kPairs * 2) + i % kPairs * 16 * Traits::kTeam * Rows::kRowBytes);
   };
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) Q.fetch(rQ[0][m], m, 0);
@@ -60,11 +60,12 @@ __device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<
     fetch(i + Traits::kAhead);
     if (step + 1 < Traits::kStepsQK) {
 #pragma unroll
-      for (int m = n * Traits::kTilesQ / kPairs; m < (n + 1) * Traits::kTilesQ / kPairs; ++m) {
-        Q.fetch(rQ[(step + 1) % 2][m], m, step + 1);
+      for (int m = 0; m < Traits::kTilesQ; ++m) {
+        const int when = Traits::kEarlyQ ? m * kPairs / 4 : (m + 1) * kPairs / Traits::kTilesQ - 1;
+        if (n == when) Q.fetch(rQ[(step + 1) % 2][m], m, step + 1);
       }
     }
-    if (i < Traits::kCopyParts) later.issue(i, Traits::kCopyParts);
+    copy_beside<Traits>(later, i);
     const auto& k = rK[i % (Traits::kAhead + 1)];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -77,15 +78,26 @@ __device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<
   }
 }
 
-// O += P V_j, with P = exp(S - reference).
-template <class Traits>
-__device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
-                                        const typename Traits::Scores& S, Softmax<Traits>& softmax,
-                                        const Shared<Traits>& smem, int j) {
+// For all keys of the block, or for the first half of them.
+template <class Traits, class Copy>
+__device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<Traits>& Q,
+                                        const Shared<Traits>& smem, int j, bool half, Copy later) {
+  if constexpr (Traits::kHalves) {
+    if (__builtin_expect(half, false)) return multiply_qk<2>(S, Q, smem, j, later);
+  }
+  multiply_qk<1>(S, Q, smem, j, later);
+}
+
+// O += P V_j, with P = exp(S - reference); keys and copies as above.
+template <int kParts, class Traits, class Copy>
+__device__ __forceinline__ void multiply_pv(typename Traits::Output& O,
+                                            const typename Traits::Scores& S,
+                                            Softmax<Traits>& softmax, const Shared<Traits>& smem,
+                                            int j, Copy later) {
   using Rows = typename Traits::ValueRows;
   constexpr int kPairs = Traits::kTilesV / 2;  // of 8 columns: one load of V each
-  constexpr int kProducts = Traits::kStepsPV * kPairs;
-  const uint32_t sV = smem.v(j) + smem.value_lane;
+  constexpr int kProducts = Traits::kStepsPV / kParts * kPairs;
+  const uint32_t sV = smem.v(j) + smem.value_lane();
   uint32_t rV[Traits::kAhead + 1][4];  // (16, 16)
   auto fetch = [&](int i) {
     if (i >= kProducts) return;
@@ -95,7 +107,7 @@ __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
   };
 #pragma unroll
   for (int i = 0; i < Traits::kAhead; ++i) fetch(i);
-  Weights<Traits> weights(S, softmax, smem);
+  Weights<Traits, kParts> weights(S, softmax, smem);
 #pragma unroll
   for (int i = 0; i < kProducts; ++i) {
     const int step = i / kPairs, n = i % kPairs;
@@ -110,7 +122,18 @@ __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
       }
     }
     weights.advance(S, softmax, step + 1, n, kPairs);
+    copy_beside<Traits>(later, i);
   }
+}
+
+template <class Traits, class Copy>
+__device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
+                                        const typename Traits::Scores& S, Softmax<Traits>& softmax,
+                                        const Shared<Traits>& smem, int j, bool half, Copy later) {
+  if constexpr (Traits::kHalves) {
+    if (__builtin_expect(half, false)) return multiply_pv<2>(O, S, softmax, smem, j, later);
+  }
+  multiply_pv<1>(O, S, softmax, smem, j, later);
 }
 
 }  // namespace flash::v2

@@ -1,4 +1,4 @@
-// Global to shared memory: Q once, K and V block by block through a ring of stages.
+// Global to shared memory: copies of blocks of Q, K and V, and what must not stay in V.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -41,6 +41,7 @@ struct BlockCopy {
   int64_t stride;
   int rows, dim;
 
+  BlockCopy() = default;
   __device__ __forceinline__ BlockCopy(uint32_t block, const Element* first, int64_t stride,
                                        int rows, int dim)
       : stride(stride) {
@@ -91,50 +92,18 @@ __device__ __forceinline__ void load_q(const Shared<Traits>& smem, const Forward
   for (int i = 0; i < Copy::kChunks; ++i) copy.issue(i);
 }
 
-// The copy of K_j and V_j. Past the last block it only writes zeros.
+// The first row of K_j or V_j, and how many rows on from there the Q block may see: keys past the
+// last of them are not read.
 template <class Traits>
-struct KeyValueCopy {
-  using Element = typename Traits::Element;
-  using CopyK = BlockCopy<Traits, Traits::kBlockKV, Traits::kHeadDim>;
-  using CopyV = BlockCopy<Traits, Traits::kBlockKV, Traits::kHeadDimV>;
-  static constexpr int kChunks = CopyK::kChunks + CopyV::kChunks;
-  CopyK k;
-  CopyV v;
-
-  __device__ __forceinline__ KeyValueCopy(const Shared<Traits>& smem, const ForwardParams& p,
-                                          const Tile<Traits>& tile, int j)
-      : k(smem.k(j), head(p.k, tile, j), p.k.row, keys(tile, j), p.head_dim),
-        v(smem.v(j), head(p.v, tile, j), p.v.row, keys(tile, j), p.head_dim_v) {}
-
-  // Starts part `now` of `parts`; the last one closes the group.
-  __device__ __forceinline__ void issue(int now, int parts) {
-#pragma unroll
-    for (int i = now * kChunks / parts; i < (now + 1) * kChunks / parts; ++i) {
-      if (i < CopyK::kChunks) {
-        k.issue(i);
-      } else {
-        v.issue(i - CopyK::kChunks);
-      }
-    }
-    if (now + 1 == parts) cp_async_commit();
-  }
-
- private:
-  // Keys past the last one that the Q block sees are not read.
-  static __device__ __forceinline__ int keys(const Tile<Traits>& tile, int j) {
-    return tile.last_key - j * Traits::kBlockKV;
-  }
-  static __device__ __forceinline__ const Element* head(const View& view, const Tile<Traits>& tile,
-                                                        int j) {
-    return static_cast<const Element*>(view.data) + tile.batch * view.batch +
-           tile.head_kv * view.head + (tile.sequence.row_k + j * Traits::kBlockKV) * view.row;
-  }
-};
-
+__device__ __forceinline__ const typename Traits::Element* first_key(const View& view,
+                                                                     const Tile<Traits>& tile,
+                                                                     int j) {
+  return static_cast<const typename Traits::Element*>(view.data) + tile.batch * view.batch +
+         tile.head_kv * view.head + (tile.sequence.row_k + j * Traits::kBlockKV) * view.row;
+}
 template <class Traits>
-__device__ __forceinline__ void load_kv(const Shared<Traits>& smem, const ForwardParams& p,
-                                        const Tile<Traits>& tile, int j) {
-  KeyValueCopy<Traits>(smem, p, tile, j).issue(0, 1);
+__device__ __forceinline__ int keys_from(const Tile<Traits>& tile, int j) {
+  return tile.last_key - j * Traits::kBlockKV;
 }
 
 // Calls visit(address) for each chunk of V_j that this thread has copied.
@@ -142,7 +111,7 @@ template <class Traits, class Visit>
 __device__ __forceinline__ void visit_own_values(const Shared<Traits>& smem, int j, Visit visit) {
   using Map = CopyMap<Traits::kHeadDimV, Traits::kThreads>;
   const uint32_t sV = smem.v(j) + Map().offset;
-#pragma unroll
+#pragma unroll(Traits::kWide ? 1 : Traits::kBlockKV)
   for (int row = 0; row < Traits::kBlockKV; row += Map::kRowsPerPass) {
 #pragma unroll
     for (int chunk = 0; chunk < Map::kChunks; chunk += Map::kLanesPerRow) {
@@ -181,16 +150,26 @@ __device__ __forceinline__ void clear_non_finite(const Shared<Traits>& smem, int
   });
 }
 
-// Waits for block j. Afterwards K_j, V_j (and Q) are visible to every warp, and no warp reads
-// block j - 1 any more: its stage may be filled again. On an edge, where some rows must not see
-// some keys, NaN and infinities in V_j become zeros, for 0 * V_j would spread them to those rows;
-// the result says whether there were any.
+// Arrives, and returns when the phase that this was part of has ended.
+__device__ __forceinline__ void barrier_arrive_and_wait(uint32_t barrier) {
+  asm volatile(
+      "{ .reg .b64 state; .reg .pred done; mbarrier.arrive.shared.b64 state, [%0]; "
+      "WAIT: mbarrier.test_wait.shared.b64 done, [%0], state; @!done bra WAIT; }" ::"r"(barrier)
+      : "memory");
+}
+
+// Removes NaN and infinities from V_j on an edge, where some rows must not see some keys: 0 * V_j
+// would spread them to those rows. The result says whether there were any. Every thread's own
+// copies of V_j have arrived before, and are visible to every warp afterwards.
 template <class Traits>
-__device__ __forceinline__ bool wait_kv(const Shared<Traits>& smem, int j, bool edge) {
-  cp_async_wait<Traits::kStages - 2>();
-  if (__builtin_expect(!edge, true)) {
-    __syncthreads();
-    return false;
+__device__ __forceinline__ bool clean_v(const Shared<Traits>& smem, int j) {
+  if constexpr (Traits::kWide) {  // warps come from two places, to a barrier in shared memory
+    if (holds_non_finite(smem, j)) {
+      clear_non_finite(smem, j);
+      store_shared_4(smem.poisoned(), 1);
+    }
+    barrier_arrive_and_wait(smem.barrier(Shared<Traits>::kCleanV));  // V_j is finite for every warp
+    return load_shared_4(smem.poisoned()) != 0;
   }
   if (!__syncthreads_or(holds_non_finite(smem, j))) return false;
   clear_non_finite(smem, j);

@@ -12,15 +12,19 @@ struct Place {
   int head, block_q;
 };
 
-// All Q blocks of all heads as one line of CTAs. Heads are taken in groups whose K and V fit in
-// L2; within a group the blocks with the most keys go first, so that the short ones fill the end.
+// All Q blocks of all heads as one line. Heads are taken in groups whose K and V fit in L2; within
+// a group the blocks with the most keys go first, so that the short ones fill the end. A CTA takes
+// one place of the line, or, where `ctas` of them stay, one of each round of `ctas` places, every
+// second round backwards: long blocks then meet short ones.
 struct Grid {
   int blocks_q;     // per head
   int heads;        // batch * heads_q
   int group;        // heads that are under way together
+  int places;       // of a group: its Q blocks, and empty places up to a whole pair of rounds
+  int ctas;         // that stay; 0: every CTA takes one place
   bool last_first;  // the last Q block sees the most keys (causal)
 
-  Grid(const Problem& p, int block_q) {
+  Grid(const Problem& p, int block_q, int ctas = 0) : ctas(ctas) {
     constexpr int64_t kL2Bytes = 16 << 20;
     blocks_q = (p.seqlen_q + block_q - 1) / block_q;
     heads = p.batch * p.heads_q;
@@ -28,16 +32,44 @@ struct Grid {
     const int64_t bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * 2 + 1;
     const int64_t fitting = kL2Bytes / bytes * (p.heads_q / (p.heads_kv < 1 ? 1 : p.heads_kv));
     group = int(fitting < 1 ? 1 : fitting > heads ? heads : fitting);
+    places = group * blocks_q;
+    if (ctas > 0 && last_first) fill_rounds();
   }
 
   int64_t tiles() const { return int64_t(blocks_q) * heads; }
+  int64_t launched() const { return ctas > 0 ? ctas : tiles(); }
 
-  __device__ __forceinline__ Place place(int tile) const {
-    const int first_head = tile / (blocks_q * group) * group;
+  // The place of the line that a CTA takes in a round, and what is there; a negative head: nothing.
+  __device__ __forceinline__ int slot(int round) const {
+    if (ctas == 0) return blockIdx.x;
+    return round * ctas + (round % 2 == 0 ? blockIdx.x : ctas - 1 - blockIdx.x);
+  }
+  __device__ __forceinline__ bool ends_before(int slot) const {
+    return slot / places * group >= heads;
+  }
+  __device__ __forceinline__ Place place(int slot) const {
+    const int first_head = slot / places * group;
     const int heads_here = min(group, heads - first_head);
-    const int rest = tile - first_head * blocks_q;
+    const int rest = slot % places;
+    if (heads_here <= 0 || rest >= heads_here * blocks_q) return {-1, 0};
     const int block = rest / heads_here;
     return {first_head + rest % heads_here, last_first ? blocks_q - 1 - block : block};
+  }
+
+ private:
+  // Groups that fill pairs of rounds, so that every CTA gets as much work as any other.
+  void fill_rounds() {
+    const int pair = 2 * ctas;
+    double best = 0;
+    for (int pairs = 1; pairs <= 4; ++pairs) {
+      const int64_t most = int64_t(pair) * pairs / blocks_q;
+      const int here = int(most < heads ? most : heads);
+      const double filled = double(here) * blocks_q / (double(pair) * pairs);
+      if (filled > best + 0.01) best = filled, group = here, places = pair * pairs;
+    }
+    if (best > 0.9) return;
+    group = heads;
+    places = (heads * blocks_q + pair - 1) / pair * pair;
   }
 };
 
@@ -60,7 +92,7 @@ struct Team {
     if constexpr (Traits::kTeam > 1) return named_barrier_or(1 + index, kThreads, condition);
     return __any_sync(0xffffffffu, condition);
   }
-  // Which 8 columns of O or V are tile n of this warp: the parts take turns, 16 columns at a time.
+  // Which 8 columns of S, V or O are tile n of this warp: the parts take turns, 16 at a time.
   __device__ __forceinline__ int column_tile(int n) const {
     return n / 2 * (2 * Traits::kTeam) + 2 * part + n % 2;
   }
@@ -79,9 +111,6 @@ struct Tile {
   Range blocks;  // K/V blocks that any row of the Q block sees
   Range clean;   // those that every row sees as a whole
 
-  __device__ __forceinline__ Tile(const ForwardParams& p, const Grid& grid)
-      : Tile(p, grid.place(blockIdx.x)) {}
-
   __device__ __forceinline__ Tile(const ForwardParams& p, Place place)
       : batch(place.head / p.heads_q),
         head(place.head % p.heads_q),
@@ -97,6 +126,10 @@ struct Tile {
   __device__ __forceinline__ bool warp_sees_none(int j) const {
     return !touched(warp_row, Traits::kRowsPerWarp).holds(j);
   }
+  // Does the first half of the block hold all keys of it that the warp sees?
+  __device__ __forceinline__ bool half_suffices(int j) const {
+    return sequence.keys(warp_row, Traits::kRowsPerWarp).end <= j * kBlockKV + kBlockKV / 2;
+  }
   __device__ __forceinline__ bool warp_sees_all(int j) const {
     return filled(warp_row, Traits::kRowsPerWarp).holds(j);
   }
@@ -111,6 +144,80 @@ struct Tile {
     const Range keys = sequence.common_keys(first_row, rows);
     return {(keys.begin + kBlockKV - 1) / kBlockKV, keys.end / kBlockKV};
   }
+};
+
+// The tiles of one CTA, one after another. Where they lie in shared memory, every warp has its own.
+template <class Traits>
+class Work {
+ public:
+  __device__ __forceinline__ Work(const ForwardParams& p, const Grid& grid)
+      : first_(p, grid.place(grid.slot(0))) {
+    if constexpr (Traits::kSharedTile) {
+      if (threadIdx.x % 32 == 0) {
+        memory().tile = first_;
+        memory().more = false;
+        memory().turn = memory().round = 0;
+      }
+      __syncwarp();  // the warp sees its tile
+    }
+  }
+
+  __device__ __forceinline__ const Tile<Traits>& tile() const {
+    if constexpr (Traits::kSharedTile) return memory().tile;
+    return first_;
+  }
+  __device__ __forceinline__ int turn() const { return memory().turn; }  // tiles before this one
+  __device__ __forceinline__ bool more() const { return Traits::kPersistent && memory().more; }
+  __device__ __forceinline__ const Tile<Traits>& next() const { return memory().next; }
+
+  // Finds the tile after this one.
+  __device__ __forceinline__ void look_ahead(const ForwardParams& p, const Grid& grid) const {
+    if constexpr (Traits::kPersistent) {
+      if (grid.ctas == 0) return;
+      Place place = {-1, 0};
+      int round = memory().round;
+      while (place.head < 0) {
+        const int slot = grid.slot(++round);
+        if (grid.ends_before(slot)) break;
+        place = grid.place(slot);
+      }
+      const Tile<Traits> next(p, place);
+      __syncwarp();  // the warp has read what is written now
+      if (threadIdx.x % 32 == 0) {
+        memory().next = next;
+        memory().round = round;
+        memory().more = place.head >= 0;
+      }
+      __syncwarp();  // the warp sees it
+    }
+  }
+  // Goes on to the next tile, if there is one.
+  __device__ __forceinline__ bool advance() const {
+    if (!more()) return false;
+    __syncwarp();  // the warp has read what is written now
+    if (threadIdx.x % 32 == 0) {
+      memory().tile = memory().next;
+      memory().turn += 1;
+    }
+    __syncwarp();  // the warp sees it
+    return true;
+  }
+
+ private:
+  struct Memory {
+    Tile<Traits> tile, next;
+    int turn, round;
+    bool more;
+  };
+  const Tile<Traits> first_;
+
+  static __device__ __forceinline__ Memory& memory() {
+    __shared__ __align__(16) char bytes[Traits::kWarps][sizeof(Memory)];
+    return reinterpret_cast<Memory&>(bytes[threadIdx.x / 32]);
+  }
+
+ public:
+  static constexpr int kBytes = Traits::kSharedTile ? Traits::kWarps * int(sizeof(Memory)) : 0;
 };
 
 }  // namespace flash::v2

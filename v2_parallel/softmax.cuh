@@ -35,8 +35,8 @@ __device__ __forceinline__ void mask(typename Traits::Scores& S, const Tile<Trai
   if (tile.warp_sees_all(j)) return;
   const Sequence& sequence = tile.sequence;
   const int lane = threadIdx.x % 32;
-  const int lane_key =
-      j * Traits::kBlockKV + Team<Traits>().part * (Traits::kTilesKV * 8) + lane % 4 * 2;
+  const Team<Traits> team;
+  const int lane_key = j * Traits::kBlockKV + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
@@ -46,7 +46,8 @@ __device__ __forceinline__ void mask(typename Traits::Scores& S, const Tile<Trai
       const int last = min(row + sequence.last, sequence.seqlen_k - 1) - lane_key - e % 2;
 #pragma unroll
       for (int n = 0; n < Traits::kTilesKV; ++n) {
-        if (n * 8 < first || n * 8 > last) S[m][n][e] = -CUDART_INF_F;
+        const int key = team.column_tile(n) * 8;
+        if (key < first || key > last) S[m][n][e] = -CUDART_INF_F;
       }
     }
   }
@@ -195,10 +196,10 @@ struct Softmax {
 // P as operands of the second product, 16 keys at a time. A warp alone forms them in registers: the
 // accumulator layout of S is the operand layout of P. P of the next 16 keys is formed between the
 // products of this one, so that both units work. A team exchanges them through shared memory.
-template <class Traits>
+template <class Traits, int kParts>
 struct Weights {
-  static constexpr int kOperands = 4 * Traits::kTilesQ;   // registers of P for 16 keys
-  static constexpr int kOwnSteps = Traits::kTilesKV / 2;  // of 16 keys
+  static constexpr int kOperands = 4 * Traits::kTilesQ;            // registers of P for 16 keys
+  static constexpr int kOwnSteps = Traits::kTilesKV / 2 / kParts;  // of 16 keys
   using Rows = typename Traits::WeightRows;
   using Scores = typename Traits::Scores;
 
@@ -212,14 +213,17 @@ struct Weights {
     } else {
       const int lane = threadIdx.x % 32;
       const uint32_t sP = smem.p() + softmax.team.first_row * Rows::kRowBytes;
+      const uint32_t own =
+          opaque(sP + Rows::offset(lane / 4, softmax.team.part * 2) + lane % 4 * 4);
 #pragma unroll
       for (int step = 0; step < kOwnSteps; ++step) {
         prepare(S, softmax, step, 0, kOperands);
 #pragma unroll
         for (int k = 0; k < kOperands; ++k) {
-          const int row = k / 4 * 16 + k % 2 * 8 + lane / 4;
-          const int chunk = (softmax.team.part * kOwnSteps + step) * 2 + k % 4 / 2;
-          store_shared_4(sP + Rows::offset(row, chunk) + lane % 4 * 4, rP[step % 2][k / 4][k % 4]);
+          const int row = k / 4 * 16 + k % 2 * 8;
+          store_shared_4(
+              Rows::advance(own, step * 2 * Traits::kTeam + k % 4 / 2) + row * Rows::kRowBytes,
+              rP[step % 2][k / 4][k % 4]);
         }
       }
       softmax.team.sync();  // P of all keys of the block is in shared memory
@@ -231,7 +235,7 @@ struct Weights {
   // Part `now` of `parts` of the work towards the operands of `step`.
   __device__ __forceinline__ void advance(const Scores& S, Softmax<Traits>& softmax, int step,
                                           int now, int parts) {
-    if (step == Traits::kStepsPV) return;
+    if (step == Traits::kStepsPV / kParts) return;
     if constexpr (Traits::kTeam == 1) {
       prepare(S, softmax, step, now * kOperands / parts, (now + 1) * kOperands / parts);
     } else {

@@ -1,6 +1,8 @@
 // O and LSE to global memory, once per Q block.
 #pragma once
 
+#include <type_traits>
+
 #include "common/ptx.cuh"
 #include "v2_parallel/load.cuh"
 #include "v2_parallel/softmax.cuh"
@@ -54,32 +56,67 @@ __device__ __forceinline__ void store_lse(const Softmax<Traits>& softmax, const 
   }
 }
 
-// Through shared memory, over the warp's own rows of Q, so that whole rows leave at once.
+// Where O passes through shared memory, so that whole rows leave at once: over the warp's own rows
+// of Q, or, where those are already the next tile's, over its part of P, which holds fewer columns.
+template <class Traits>
+struct Staging {
+  using Element = typename Traits::Element;
+  using Rows = std::conditional_t<Traits::kPersistent, typename Traits::WeightRows,
+                                  typename Traits::ValueRows>;
+  static constexpr int kAtOnce = Traits::kPersistent ? Traits::kTilesKV : Traits::kTilesV;
+  const Team<Traits>& team;
+  const uint32_t rows;
+  const int lane = threadIdx.x % 32;
+
+  __device__ __forceinline__ Staging(const Shared<Traits>& smem, const Team<Traits>& team)
+      : team(team),
+        rows(Traits::kPersistent ? smem.p() + team.first_row * Rows::kRowBytes
+                                 : smem.q + team.first_row * Traits::QueryRows::kRowBytes) {}
+
+  __device__ __forceinline__ uint32_t address(int row, int n) const {
+    const bool parted = Traits::kPersistent;
+    return rows +
+           Rows::offset(row, parted ? team.part * kAtOnce + n % kAtOnce : team.column_tile(n));
+  }
+  // Tiles [first, end) of O, of this lane.
+  __device__ __forceinline__ void write(const typename Traits::Output& O, int first,
+                                        int end) const {
+#pragma unroll
+    for (int m = 0; m < Traits::kTilesQ; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int n = first; n < end; ++n) {
+          store_shared_4(address(m * 16 + h * 8 + lane / 4, n) + lane % 4 * 4,
+                         pack<Element>(O[m][n][2 * h], O[m][n][2 * h + 1]));
+        }
+      }
+    }
+  }
+};
+
+// Eight elements, one by one where rows are not 16-byte aligned.
+template <class Element>
+__device__ __forceinline__ void store_chunk(Element* to, const uint32_t (&words)[4], bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    return;
+  }
+  auto* halves = reinterpret_cast<uint16_t*>(to);
+#pragma unroll
+  for (int w = 0; w < 8; ++w) halves[w] = uint16_t(words[w / 2] >> (w % 2 * 16));
+}
+
 template <class Traits>
 __device__ __forceinline__ void store_state(const typename Traits::Output& O,
                                             const Softmax<Traits>& softmax,
                                             const Shared<Traits>& smem, const ForwardParams& p,
                                             const Tile<Traits>& tile) {
   using Element = typename Traits::Element;
-  using Rows = typename Traits::ValueRows;
+  constexpr int kTiles = Traits::kTilesV, kAtOnce = Staging<Traits>::kAtOnce;
   store_lse(softmax, p, tile);
-  const int lane = threadIdx.x % 32;
   const Team<Traits>& team = softmax.team;
-  const uint32_t sO = smem.q + team.first_row * Traits::QueryRows::kRowBytes;
-#pragma unroll
-  for (int m = 0; m < Traits::kTilesQ; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int n = 0; n < Traits::kTilesV; ++n) {
-        store_shared_4(
-            sO + Rows::offset(m * 16 + h * 8 + lane / 4, team.column_tile(n)) + lane % 4 * 4,
-            pack<Element>(O[m][n][2 * h], O[m][n][2 * h + 1]));
-      }
-    }
-  }
-  __syncwarp();  // the warp's part of O is complete in shared memory
-
+  const Staging<Traits> staging(smem, team);
   Element* gO = static_cast<Element*>(p.o.data) + tile.batch * p.o.batch + tile.head * p.o.head +
                 (tile.sequence.row_q + tile.warp_row) * p.o.row;  // (kRowsPerWarp, kHeadDimV)
   const int rows = tile.sequence.seqlen_q - tile.warp_row;
@@ -87,22 +124,23 @@ __device__ __forceinline__ void store_state(const typename Traits::Output& O,
   if constexpr (Traits::kFeatured) {
     aligned = (reinterpret_cast<uint64_t>(gO) % 16 == 0) && p.o.row % 8 == 0;
   }
-  constexpr int kChunks = Traits::kRowsPerWarp * Traits::kTilesV;
-#pragma unroll 4
-  for (int i = lane; i < kChunks; i += 32) {
-    const int row = i / Traits::kTilesV;
-    const int chunk = team.column_tile(i % Traits::kTilesV);
-    if (row >= rows || chunk * 8 >= p.head_dim_v) continue;
-    uint32_t words[4];
-    load_shared_16(words, sO + Rows::offset(row, chunk));
-    Element* to = gO + row * p.o.row + chunk * 8;
-    if (aligned) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
-      auto* halves = reinterpret_cast<uint16_t*>(to);
+  if constexpr (Traits::kPersistent) team.sync();  // the other warp has read P
 #pragma unroll
-      for (int w = 0; w < 8; ++w) halves[w] = uint16_t(words[w / 2] >> (w % 2 * 16));
+  for (int first = 0; first < kTiles; first += kAtOnce) {
+    const int end = first + kAtOnce < kTiles ? first + kAtOnce : kTiles;
+    const int tiles = end - first;
+    staging.write(O, first, end);
+    __syncwarp();  // the warp's part of O is complete in shared memory
+#pragma unroll 4
+    for (int i = staging.lane; i < Traits::kRowsPerWarp * tiles; i += 32) {
+      const int row = i / tiles, n = first + i % tiles;
+      const int chunk = team.column_tile(n);
+      if (row >= rows || chunk * 8 >= p.head_dim_v) continue;
+      uint32_t words[4];
+      load_shared_16(words, staging.address(row, n));
+      store_chunk(gO + row * p.o.row + chunk * 8, words, aligned);
     }
+    if constexpr (Traits::kPersistent) __syncwarp();  // all of it was read
   }
 }
 
