@@ -40,7 +40,7 @@ from flash.traffic import Traffic
 TILE = Tile(q=128, kv=128)
 STAGES = 2
 CONSUMERS = 2  # warpgroups, each with a slice of the rows of Q
-P_SCALE = 256.0  # lifts P <= 1 into e4m3's range, 448
+P_SCALE = 128.0  # lifts P <= 1 into e4m3's range, 448; the rest is for maxima that have grown
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, *, descale: Descale | None = None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash.engines import layout
-from flash.errors import BackendUnavailableError, LaunchError
+from flash.errors import BackendUnavailableError, LaunchError, unsupported
 from flash.spec import Descale, Grads, Result, Spec, Varlen
 
 CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
@@ -171,6 +171,10 @@ class Kernels:
             return layout.fill_empty(result)
         problem, size = self.plan(FORWARD, q, k, v, spec, varlen)
         scales = descale or Descale()
+        if scales.q is not None and scales.q.shape[2] != k.shape[-2]:
+            hint = "query heads that share a K/V head share its scale, as quantize_fp8 gives it"
+            expected = f"{k.shape[-2]}, one for each K/V head"
+            raise unsupported("q_descale heads", scales.q.shape[2], expected, hint)
         device = q.device
         with torch.cuda.device(device):
             workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
