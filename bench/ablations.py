@@ -33,12 +33,19 @@ ROUNDS = 4
 PATIENCE = 30  # seconds for one case, of which a second is usual
 TURN = "FLASH_BENCH_TURN"
 V1, V2, V3 = (("v1", "v1_tiling"), ("v2", "v2_parallel"), ("v3", "v3_hopper"))
-_LOOP = """  for (int block = grid.blocks_q - 1; block >= 0; --block) {
+_EACH_BLOCK = """  for (int block = 0; block < grid.blocks_q; ++block) {
   cp_async_wait<0>();
   __syncthreads();
-  const Tile<Traits> tile(p, Place{int(blockIdx.x), block});
-  if (tile.empty()) continue;
+  if (threadIdx.x == 0) block_in_turn() = block;
+  __syncthreads();
 """
+_IN_TURN = """__device__ __forceinline__ int& block_in_turn() {
+  __shared__ int block;
+  return block;
+}
+
+"""
+_GRID = "// All Q blocks of all heads as one line."
 PING_PONG = (
     ("v3_hopper/pipe.cuh", "named_arrive(kTurn, 2 * kGroupThreads);", "{}"),
     ("v3_hopper/pipe.cuh", "    named_sync(kTurn + consumer, 2 * kGroupThreads);\n", ""),
@@ -59,11 +66,17 @@ VARIANTS = (
         ("v1_tiling/launch.cuh", "    if (turns > 1 && cost >= best) continue;\n", ""))),
     Variant(*V2),
     Variant(*V2, "sequence parallelism (CTAs along heads only)", (
-        ("v2_parallel/forward.cuh",
-         "  const Tile<Traits> tile(p, grid);\n  if (tile.empty()) return;\n", _LOOP),
-        ("v2_parallel/forward.cuh", "  store_state(O, softmax, smem, p, tile);\n}",
-         "  store_state(O, softmax, smem, p, tile);\n  }\n}"),
-        ("v2_parallel/launch.cuh", "dim3(unsigned(grid.tiles()))",
+        ("v2_parallel/forward.cuh", "  Work<Traits> work(p, grid);\n",
+         _EACH_BLOCK + "  Work<Traits> work(p, grid);\n"),
+        ("v2_parallel/forward.cuh", "if (work.tile().empty()) return;",
+         "if (work.tile().empty()) continue;"),
+        ("v2_parallel/forward.cuh", "  } while (work.advance());\n}",
+         "  } while (work.advance());\n  }\n}"),
+        ("v2_parallel/schedule.cuh", _GRID, _IN_TURN + _GRID),
+        ("v2_parallel/schedule.cuh", "if (ctas == 0) return blockIdx.x;",
+         "if (ctas == 0) return block_in_turn() * heads + blockIdx.x;"),
+        ("v2_parallel/schedule.cuh", "kL2Bytes = 16 << 20;", "kL2Bytes = int64_t(1) << 40;"),
+        ("v2_parallel/launch.cuh", "dim3(unsigned(grid.launched()))",
          "dim3(unsigned(grid.heads))"))),
     Variant(*V2, "rows over warps (pairs of warps split K)", (
         ("v2_parallel/traits.cuh", "kTeam = kHeadDim <= 128 ? 1 : 2;", "kTeam = 2;"),)),
