@@ -154,7 +154,7 @@ def evolution(results: Path) -> str:
             parts += ["Speed over that of the official kernel of its generation in the same race, "
                       "bf16, all masks and lengths (geometric means):", "", table, ""]  # fmt: skip
         drawn = study_tables.pictures(folder, f"bench/results/{folder.name}/plots",
-                                      ("roofline", "traffic", "training"))  # fmt: skip
+                                      ("roofline", "ablations", "traffic", "training"))  # fmt: skip
         parts += [line for one in drawn for line in (one, "")]
     return "\n".join(parts).rstrip() or "Nothing has been measured yet."
 
