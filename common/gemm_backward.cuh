@@ -101,11 +101,16 @@ __device__ __forceinline__ void gemm_keys(float (&rdK)[2][Traits::kWarpDim / 8][
   }
 }
 
-// dQ = dS K: this warp's rows and the channels of one pass, all keys of the block.
-template <class Traits>
+struct NoWork {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
+// dQ = dS K: this warp's rows and the channels of one pass, all keys of the block. between(k) is
+// other work, after the products of 16 keys.
+template <class Traits, class Between = NoWork>
 __device__ __forceinline__ void gemm_dq(
     float (&rdQ)[Traits::kDqRows / 16][Traits::kDqPassDim / 8][4], uint32_t ds, uint32_t keys,
-    int pass) {
+    int pass, Between between = {}) {
   using Rows = typename Traits::Rows;
   constexpr int kTiles = Traits::kDqRows / 16, kColumns = Traits::kDqPassDim / 16;
   constexpr int kSteps = Traits::kBlockKV / 16;
@@ -143,6 +148,7 @@ __device__ __forceinline__ void gemm_dq(
                                                rB[n % 2 * 2 + 1]);
       }
     }
+    between(k);
   }
 }
 

@@ -180,7 +180,8 @@ __device__ __forceinline__ void load_q(typename Traits::Shared& shared, const Ba
   using Element = typename Traits::Element;
   const auto& tile = shared.tile;
   if (step < tile.steps()) {
-    const auto [head, row] = tile.step(step);
+    const auto place = tile.step(step);
+    const int head = place.head, row = place.row;
     const int stage = step % Traits::kStages;
     load_block<Traits, Traits::kBlockQ>(
         shared.q[stage], row_of<Element>(p.q, tile.batch, tile.sequence.row_q, head, row), p.q.row,
@@ -199,7 +200,8 @@ __device__ __forceinline__ void load_dout(typename Traits::Shared& shared, const
   using Element = typename Traits::Element;
   const auto& tile = shared.tile;
   if (step < tile.steps()) {
-    const auto [head, row] = tile.step(step);
+    const auto place = tile.step(step);
+    const int head = place.head, row = place.row;
     load_block<Traits, Traits::kBlockQ>(
         shared.dout[step % Traits::kStagesDout],
         row_of<Element>(p.dout, tile.batch, tile.sequence.row_q, head, row), p.dout.row, row,

@@ -58,6 +58,20 @@ __device__ __forceinline__ void cp_async_16(uint32_t target, const void* source,
 #endif
 }
 
+// The same for a source in range, or nothing at all.
+__device__ __forceinline__ void cp_async_16_if(bool condition, uint32_t target,
+                                               const void* source) {
+#if __CUDA_ARCH__ < 800
+  if (condition) cp_async_16(target, source, true);
+#else
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %2, 0; "
+      "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16; }" ::"r"(target),
+      "l"(source), "r"(uint32_t(condition))
+      : "memory");
+#endif
+}
+
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -156,6 +170,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
+               : "memory");
+}
+
+// And back, from the fragments of an accumulator; sm_90.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 

@@ -5,6 +5,15 @@
 
 namespace flash {
 
+// This lane's first element in a tile of dQ.
+__device__ __forceinline__ uint32_t fragment_offset(int lane) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return lane * 4;
+#else
+  return lane;
+#endif
+}
+
 // Adds one 16 x 8 accumulator tile to dQ in fragment order, 512 contiguous bytes a warp.
 __device__ __forceinline__ void add_fragment(float* tile, const float (&r)[4], int lane) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         // dS of the rows that kSplit warps share is in shared memory.
         named_barrier_sync(1 + warp.index / Traits::kSplit, Traits::kSplit * 32);
       }
-      gemm_keys<Traits>(
-          rdQ, rdS, shared_address(shared.p) + row * Scores::kRowBytes + lane_rows<Scores>(lane),
-          sK + part * Rows::kRowBytes + Rows::advance(by_rows, slice * 2), slice);
+      const uint32_t scores = row * Scores::kRowBytes + lane_rows<Scores>(lane);
+      gemm_keys<Traits>(rdQ, rdS, shared_address(shared.p) + Scores::advance(scores, part / 8),
+                        sK + part * Rows::kRowBytes + Rows::advance(by_rows, slice * 2), slice);
     }
   }
 

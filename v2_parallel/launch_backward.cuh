@@ -46,8 +46,10 @@ cudaError_t launch_backward_as(const BackwardParams& p) {
     const int64_t head_bytes =
         int64_t(std::max(p.seqlen_q, 1)) * (p.heads_q / p.heads_kv) * Traits::kHeadDim * 8;
     const int group = int(std::clamp<int64_t>((int64_t(32) << 20) / head_bytes, 1, 1 << 20));
-    status = launch(backward_kernel<Traits>, dim3(unsigned(plan.grid)), Traits::kThreads,
-                    plan.shared_bytes, p.stream, p, workspace, key_blocks, group);
+    const auto kernel =
+        workspace.dq != nullptr ? backward_kernel<Traits, true> : backward_kernel<Traits, false>;
+    status = launch(kernel, dim3(unsigned(plan.grid)), Traits::kThreads, plan.shared_bytes,
+                    p.stream, p, workspace, key_blocks, group);
   }
   if (status == cudaSuccess && row_grid > 0 && p.deterministic) {
     const int dq_blocks = int(blocks_of(p.seqlen_q, Traits::kBlockKV));
