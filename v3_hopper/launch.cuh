@@ -40,14 +40,16 @@ int64_t count_tiles(const Problem& p) {
 }
 
 // Full masks: one KV head after the other, so that its K and V are read from L2. Masks that make
-// tiles uneven: a quarter as many heads as multiprocessors side by side; then four CTAs share each
-// K/V, and a section is whole rounds of the grid, which alternating directions level out.
+// tiles uneven: a quarter as many heads as multiprocessors side by side, so that four CTAs share
+// each K/V; where these are not whole rounds of the grid, which alternating directions level out,
+// half as many, for fewer seams.
 template <class Traits>
 ScheduleParams make_schedule(const Problem& p) {
-  const int group = p.heads_q / p.heads_kv;
-  const int heads_kv = multiprocessors() / 4 / group;
+  const int group = p.heads_q / p.heads_kv, tiles_q = ceil_div(p.seqlen_q, Traits::kBlockQ);
+  const int sms = multiprocessors(), quarter = sms / 4 / group * group;
+  const int heads = int64_t(quarter) * tiles_q % sms == 0 ? quarter : sms / 2 / group * group;
   const bool uneven = p.window_right != kUnlimited;
-  return {ceil_div(p.seqlen_q, Traits::kBlockQ), uneven && heads_kv > 1 ? heads_kv * group : group};
+  return {tiles_q, uneven && heads > group ? heads : group};
 }
 
 // Rows of a tensor in memory, and how many batches of them.

@@ -76,16 +76,18 @@ struct Pipes {
     v.advance();
   }
 
-  // Consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of
-  // another.
+  // Two consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of the
+  // other.
   __device__ __forceinline__ void first_turn() const {
-    if (consumer == Traits::kConsumers - 1) named_arrive(kTurn, 2 * kGroupThreads);
+    if (Traits::kTakesTurns && consumer == Traits::kConsumers - 1)
+      named_arrive(kTurn, 2 * kGroupThreads);
   }
   __device__ __forceinline__ void take_turn() const {
-    named_sync(kTurn + consumer, 2 * kGroupThreads);
+    if (Traits::kTakesTurns) named_sync(kTurn + consumer, 2 * kGroupThreads);
   }
   __device__ __forceinline__ void give_turn() const {
-    named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);
+    if (Traits::kTakesTurns)
+      named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);
   }
 
   // Waits for the other threads of this warpgroup.

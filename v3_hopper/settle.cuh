@@ -51,9 +51,39 @@ __device__ __forceinline__ void recompute(float (&s)[Traits::kBlockKV / 2], cons
   }
 }
 
-// Raises the reference of the rows whose exponentials have become large, and lowers these; a row
-// whose exponentials may have overflowed is computed again, `mask` included. O must then be
-// rescaled.
+// Rows whose exponentials may have overflowed: their scores once more, the highest of these as the
+// reference, and exponentials by it.
+template <class Traits, class Mask>
+__device__ __forceinline__ void redo(float (&p)[Traits::kBlockKV / 2], const bool (&huge)[2],
+                                     RowState& state, float (&correction)[2], const Scale& scale,
+                                     const unsigned char* q, const unsigned char* k,
+                                     const Mask& mask) {
+  recompute<Traits>(p, huge, q, k);
+  mask();
+  float highest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
+    highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], p[i]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    highest[half] = quad_max(highest[half]);
+    if (!huge[half]) continue;
+    correction[half] = fast_exp2((state.row_max[half] - highest[half]) * scale.to_log2);
+    state.row_max[half] = highest[half];
+  }
+#pragma unroll
+  for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
+    if (huge[i / 2 % 2]) {
+      p[i] = fast_exp2(fmaf(p[i], scale.to_log2, -highest[i / 2 % 2] * scale.to_log2));
+    } else if (p[i] == -INFINITY) {
+      p[i] = 0.0f;  // another row's zero, masked again
+    }
+  }
+}
+
+// Raises the reference of the rows whose exponentials have become large, and lowers these. O must
+// then be rescaled by `correction`.
 template <class Traits, class Mask>
 __device__ __forceinline__ void settle(float (&p)[Traits::kBlockKV / 2], BlockSum& sum,
                                        RowState& state, float (&correction)[2], const Scale& scale,
@@ -80,28 +110,7 @@ __device__ __forceinline__ void settle(float (&p)[Traits::kBlockKV / 2], BlockSu
 #pragma unroll
   for (int i = 0; i < Traits::kBlockKV / 2; ++i) p[i] *= correction[i / 2 % 2];
   if (__any_sync(~0u, huge[0] || huge[1])) {
-    recompute<Traits>(p, huge, q, k);
-    mask();
-    highest[0] = highest[1] = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
-      highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], p[i]);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      highest[half] = quad_max(highest[half]);
-      if (!huge[half]) continue;
-      correction[half] = fast_exp2((state.row_max[half] - highest[half]) * scale.to_log2);
-      state.row_max[half] = highest[half];
-    }
-#pragma unroll
-    for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
-      if (huge[i / 2 % 2]) {
-        p[i] = fast_exp2(fmaf(p[i], scale.to_log2, -highest[i / 2 % 2] * scale.to_log2));
-      } else if (p[i] == -INFINITY) {
-        p[i] = 0.0f;  // masked again
-      }
-    }
+    redo<Traits>(p, huge, state, correction, scale, q, k, mask);
   }
 #pragma unroll
   for (int i = 0; i < Traits::kBlockKV / 2; ++i) {
@@ -110,5 +119,41 @@ __device__ __forceinline__ void settle(float (&p)[Traits::kBlockKV / 2], BlockSu
 #pragma unroll
   for (int half = 0; half < 2; ++half) state.row_sum[half] *= correction[half];
 }
+
+// The softmax of a warpgroup's rows, block after block.
+template <class Traits>
+struct Softmax {
+  const Scale scale;
+  RowState state = kNoRows;
+  float correction[2];
+  bool unseen = true;  // some row of this warp has no reference yet
+
+  // S, which `mask` has still to be applied to, becomes P; true where O must be rescaled. The
+  // highest score is sought only while a row lacks a reference, as in a tile's first block.
+  template <bool kOpensTile, class Mask>
+  __device__ __forceinline__ bool block(float (&s)[Traits::kBlockKV / 2], const unsigned char* q,
+                                        const unsigned char* k, const Mask& mask) {
+    bool risen = false;
+    mask();
+    if (kOpensTile) state = kNoRows;
+    if (Traits::kFeatured || kOpensTile || unseen) {
+      risen = update<Traits>(s, state, correction, scale);
+      unseen = __any_sync(~0u, state.row_max[0] == -INFINITY || state.row_max[1] == -INFINITY);
+    }
+    BlockSum sum = exponentials(s, state, scale);
+    if constexpr (!Traits::kFeatured && !kOpensTile) {
+      if (__any_sync(~0u, sum.row(0) > kLargeSum || sum.row(1) > kLargeSum)) {
+        float more[2];
+        settle<Traits>(s, sum, state, more, scale, q, k, mask);
+        correction[0] = risen ? correction[0] * more[0] : more[0];
+        correction[1] = risen ? correction[1] * more[1] : more[1];
+        risen = true;
+      }
+    }
+    state.row_sum[0] += sum.row(0);
+    state.row_sum[1] += sum.row(1);
+    return risen;
+  }
+};
 
 }  // namespace flash::v3

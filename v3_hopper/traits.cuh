@@ -80,6 +80,9 @@ struct Traits {
   static constexpr int kBlockKV = Tuned::kBlockKV - (kFeatured ? Tuned::kFewer : 0);
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesQ = Tuned::kStagesQ;
+  static constexpr bool kTakesTurns = kConsumers == 2;
+  // Blocks that a consumer's rows do not see; with turns, consumers must stay in step.
+  static constexpr bool kSkips = !kTakesTurns && kBlockQ > kBlockKV;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
