@@ -139,3 +139,19 @@ def test_strides_of_dims_of_size_one(version: str, strides: tuple[int, int, int]
 def test_every_version_named_in_the_ids() -> None:
     assert {SHORT[v] for v in versions()} <= {"v1", "v2", "v3"}
     assert all(serves(v, Case()) for v in versions())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("version", "case"),
+    pairs(vary([Case(200, 200, causal=True)], dim=[64, 128, 192, 256]), "backward"),
+)
+def test_keys_stay_with_the_rows_that_see_them(version: str, case: Case, poison: float) -> None:
+    """A key that is not finite spoils dQ of the rows that see it, and of no other row."""
+    given = draw(case)
+    clean = differentiate(version, given, case, deterministic=True).grads[0]
+    k, v = given.k.clone(), given.v.clone()
+    k[:, 150] = v[:, 150] = poison
+    found = differentiate(version, given._replace(k=k, v=v), case, deterministic=True).grads[0]
+    assert torch.equal(found[:, :150], clean[:, :150])
+    assert not torch.isfinite(found[:, 150:]).any()
