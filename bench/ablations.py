@@ -46,12 +46,7 @@ _IN_TURN = """__device__ __forceinline__ int& block_in_turn() {
 
 """
 _GRID = "// All Q blocks of all heads as one line."
-PING_PONG = (
-    ("v3_hopper/pipe.cuh", "named_arrive(kTurn, 2 * kGroupThreads);", "{}"),
-    ("v3_hopper/pipe.cuh", "    named_sync(kTurn + consumer, 2 * kGroupThreads);\n", ""),
-    ("v3_hopper/pipe.cuh",
-     "    named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);\n", ""),
-)  # fmt: skip
+PING_PONG = (("v3_hopper/traits.cuh", "kTakesTurns = kConsumers == 2;", "kTakesTurns = false;"),)
 OVERLAP = (
     ("v3_hopper/forward.cuh", "wgmma_wait<1>();  // S is there",
      "wgmma_wait<0>();  // S is there"),

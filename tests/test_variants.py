@@ -42,7 +42,7 @@ def test_every_variant_has_its_baseline_and_its_own_folder() -> None:
 def test_a_copy_holds_the_edits(tmp_path: Path) -> None:
     variant = next(v for v in ablations.VARIANTS if v.without == "ping-pong")
     variants.copy(variant, tmp_path)
-    assert "named_sync(kTurn" not in (tmp_path / "v3_hopper" / "pipe.cuh").read_text()
+    assert "kTakesTurns = false;" in (tmp_path / "v3_hopper" / "traits.cuh").read_text()
     assert "named_sync(kTurn" in (ROOT / "v3_hopper" / "pipe.cuh").read_text()
     assert (tmp_path / "CMakeLists.txt").is_file()
 

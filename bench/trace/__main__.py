@@ -29,6 +29,7 @@ CASE = Case("forward", "bfloat16", 1, 4096, 16, 128)
 DIMS = "128"
 HALF = 2**31
 F, L, H = "v3_hopper/forward.cuh", "v3_hopper/load.cuh", "v3_hopper/launch.cuh"
+C = "v3_hopper/consumer.cuh"
 
 
 def after(file: str, old: str, new: str) -> Edit:
@@ -49,15 +50,18 @@ TRACED = Variant("v3", "v3_hopper", "trace", (
     after(L, "  Ring<Traits::kStages> k, v;\n", "  Marker mark{0};\n"),
     *loading("k", "kLoadsK"),
     *loading("v", "kLoadsV"),
-    after(F, "  RowState state = kNoRows;\n", "  Marker mark{1 + consumer};\n"),
-    (F, "    const auto* sK = pipe.wait_k();\n    pipe.take_turn();\n",
-     "    mark(kWaits);\n    const auto* sK = pipe.wait_k();\n    pipe.take_turn();\n"
-     "    mark(kMultiplies);\n"),
-    after(F, "wgmma_wait<1>();  // S is there\n    pin(rS);\n", "    mark(kSoftmaxes);\n"),
-    (F, "    if (!next.last()) pipe.wait_k();",
-     "    mark(kDrains);\n    if (!next.last()) pipe.wait_k();"),
-    after(F, "// O is there, P and V are free\n    pin(rO);\n", "    mark(kRescales);\n"),
-    (F, "    pack<Traits>(rP, rS);\n  }\n", "    pack<Traits>(rP, rS);\n    mark(kPauses);\n  }\n"),
+    after(C, '#include "v3_hopper/guard.cuh"\n', '#include "v3_hopper/trace.cuh"\n'),
+    after(C, "  Softmax<Traits> softmax = {make_scale<Traits>(args.p)};\n",
+          "  Marker mark{1 + consumer};\n"),
+    (F, "  const auto* sK = pipe.wait_k();\n  pipe.take_turn();\n",
+     "  mark(kWaits);\n  const auto* sK = pipe.wait_k();\n  pipe.take_turn();\n"
+     "  mark(kMultiplies);\n"),
+    after(F, "wgmma_wait<1>();  // S is there\n  pin(rS);\n", "  mark(kSoftmaxes);\n"),
+    (F, "  if (!next.last()) pipe.wait_k();",
+     "  mark(kDrains);\n  if (!next.last()) pipe.wait_k();"),
+    after(F, "// O is there, P and V are free\n  pin(rO);\n", "  mark(kRescales);\n"),
+    after(F, "  pack<Traits>(rP, rS);\n  if (kOpensTile) next.skip_v(pipe);\n",
+          "  mark(kPauses);\n"),
     (H, "  return launch(forward_kernel_of<Traits>(), grid, Traits::kThreads,\n"
      "                int(sizeof(typename Traits::Shared)), p.stream, args);\n",
      "  const cudaError_t launched = launch(forward_kernel_of<Traits>(), grid, Traits::kThreads,\n"
