@@ -9,8 +9,16 @@ from grid import DEVICE, Case, dense
 from torch import Tensor
 
 import flash
-from flash.quantize import E4M3, E4M3_MAX, incoherent, quantize_fp8, random_signs
-from flash.spec import Descale, Spec
+from flash.quantize import (
+    E4M3,
+    E4M3_MAX,
+    incoherent,
+    quantize,
+    quantize_fp8,
+    quantize_packed,
+    random_signs,
+)
+from flash.spec import Descale, Spec, Varlen
 
 GRANULARITIES = ("block", "head", "tensor")
 
@@ -214,3 +222,36 @@ def test_result_passes_straight_to_attention(granularity: str, causal: bool) -> 
     assert out.dtype == torch.bfloat16
     assert (out.double() - exact).norm() / exact.norm() < 0.06
     assert (lse - exact_lse).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
+def test_packed_blocks_begin_with_their_sequence(heads: tuple[int, int]) -> None:
+    lengths = [300, 0, 1, 129]
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+    q, k, v = (torch.randn(sum(lengths), h, 64, device=DEVICE) for h in (heads[0], *heads[1:] * 2))
+    found = quantize_packed(q, k, v, Varlen(ends, ends, 300, 300), True, 128)
+    assert all(s.shape == (4, 3, heads[1]) for s in found[3:])
+    begin = 0
+    for i, n in enumerate(lengths):
+        for x, stored, scale in zip((q, k, v), found[:3], found[3:], strict=True):
+            part = x[None, begin : begin + n]
+            part = part if x is v else incoherent(part)
+            if n:
+                wanted, wanted_scale = quantize(part, "block", 128, heads[1])
+                assert torch.equal(stored[begin : begin + n].float(), wanted[0].float())
+                blocks = wanted_scale.shape[1]
+                assert torch.equal(scale[i, :blocks], wanted_scale[0])
+                assert bool((scale[i, blocks:] == 1).all())
+        begin += n
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_attention_in_fp8(causal: bool) -> None:
+    lengths = [200, 7, 150]
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+    q, k, v = (torch.randn(sum(lengths), 2, 64, device=DEVICE).bfloat16() for _ in range(3))
+    out = flash.attention_varlen(q, k, v, ends, ends, 200, 200, causal=causal, precision="fp8")
+    for begin, n in zip((0, 200, 207), lengths, strict=True):
+        part = [x[None, begin : begin + n].double() for x in (q, k, v)]
+        exact, _ = dense(*part, Case(n, n, causal=causal))
+        assert (out[begin : begin + n].double() - exact[0]).norm() < 0.08 * exact.norm()
