@@ -233,6 +233,18 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   hand_over_dq<Traits>(self, r, slot);
 }
 
+// dK and dV leave by way of the memory of K and V, which nobody reads any more.
+template <class Traits>
+__device__ __forceinline__ void store_gradients(const KeyConsumer<Traits>& self,
+                                                Fragments<Traits>& r) {
+  named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);
+  self.stage(self.shared.v, r.dv, 1.0f);
+  self.stage(self.shared.k, r.dk, self.p.scale);
+  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have staged
+  self.store(self.shared.v, self.p.dv, self.p.head_dim_v);
+  self.store(self.shared.k, self.p.dk, self.p.head_dim);
+}
+
 template <class Traits>
 __device__ __forceinline__ void consume(typename Traits::Shared& shared, const BackwardParams& p,
                                         const Scratch& scratch, const KeyTile& tile,
@@ -278,12 +290,7 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
     spoil(r.dk, shared.poison, first);
     spoil(r.dv, shared.poison, first);
   }
-  named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);
-  self.stage(shared.v, r.dv, 1.0f);
-  self.stage(shared.k, r.dk, p.scale);
-  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have staged
-  self.store(shared.v, p.dv, p.head_dim_v);
-  self.store(shared.k, p.dk, p.head_dim);
+  store_gradients(self, r);
 }
 
 template <class Traits>
