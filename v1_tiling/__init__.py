@@ -14,6 +14,9 @@ CAPABILITY = Capability(
     features=("causal", "window", "softcap", "gqa", "varlen", "lse", "lse gradient",
               "deterministic", "strides", "head_dim_v"),
     tiles={
-        (way, d, d): Tile(256, 64, 2, 256) for way in ("forward", "backward") for d, _ in _DIMS
+        ("forward", 64, 64): Tile(256, 768, 12, 256, whole=True),
+        ("forward", 128, 128): Tile(256, 320, 5, 256, whole=True),
+        ("backward", 64, 64): Tile(64, 128, 2, 128),
+        ("backward", 128, 128): Tile(64, 64, 2, 128),
     },
 )  # fmt: skip

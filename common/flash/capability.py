@@ -28,12 +28,16 @@ HEAD_DIM_STEP = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """The tile of one kernel: rows of Q, rows of K/V, K/V stages, threads of a CTA."""
+    """The tile of one kernel: rows of Q, rows of K/V, K/V stages, threads of a CTA.
+
+    `whole`: the K/V block stays on chip in its entirety, and its stages are the pieces of it.
+    """
 
     block_q: int
     block_kv: int
     stages: int
     threads: int
+    whole: bool = False
 
 
 @dataclass(frozen=True)

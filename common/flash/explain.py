@@ -228,9 +228,11 @@ def _tile(
     grid = -(-split // block) * q.shape[0] * q.shape[2]
     if unit is not None and name != "v2_parallel":
         grid = min(grid, unit.processors)  # persistent: CTAs take tiles in turn
+    shown = asdict(found)
+    blocks = 1 if shown.pop("whole") else found.stages
     return {
-        **asdict(found), "grid": grid, "workspace_bytes": None, "tile_from": "table",
-        "shared_bytes": (rows + found.stages * keys) * itemsize,
+        **shown, "grid": grid, "workspace_bytes": None, "tile_from": "table",
+        "shared_bytes": (rows + blocks * keys) * itemsize,
     }  # fmt: skip
 
 
