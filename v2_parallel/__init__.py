@@ -18,7 +18,7 @@ CAPABILITY = Capability(
         ("forward", 256, 256): Tile(128, 128, 1, 256),
         ("backward", 64, 64): Tile(64, 128, 2, 128),
         ("backward", 96, 96): Tile(64, 64, 2, 128),
-        ("backward", 128, 128): Tile(64, 64, 2, 128),
+        ("backward", 128, 128): Tile(64, 128, 2, 256),
         ("backward", 192, 192): Tile(64, 64, 2, 256),
         ("backward", 256, 256): Tile(64, 64, 2, 256),
     },

@@ -24,6 +24,17 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
+// The driver's own calls need a current context. A thread that has not called the runtime yet has
+// none: one of autograd's, for example, when a backward pass is the first that it does.
+inline cudaError_t bind_context() {
+  thread_local const cudaError_t bound = [] {
+    int device = 0;
+    const cudaError_t status = cudaGetDevice(&device);
+    return status == cudaSuccess ? cudaSetDevice(device) : status;
+  }();
+  return bound;
+}
+
 // What a tensor map needs besides the View: (dim, rows, heads, batch) and the box of one copy.
 struct MapShape {
   CUtensorMapDataType type;
@@ -37,6 +48,7 @@ struct MapShape {
 inline cudaError_t make_map(CUtensorMap& map, const View& view, const MapShape& shape) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
+  if (const cudaError_t status = bind_context(); status != cudaSuccess) return status;
   const int64_t sizes[4] = {shape.dim, shape.rows, shape.heads, shape.batch};
   const int64_t strides[4] = {1, view.row, view.head, view.batch};
   cuuint64_t size[4], stride_bytes[3];

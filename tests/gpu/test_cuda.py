@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -187,3 +189,22 @@ def test_a_call_leaves_no_error_behind(version: str) -> None:
         attend(version, draw(case), Case(64, 64, scale=float("nan")))
     attend(version, draw(case), case)
     torch.cuda.synchronize()
+
+
+FIRST_BACKWARD = """
+import torch, flash
+q, k, v = (torch.randn(1, 200, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+           for _ in range(3))
+out = flash.attention(q, k, v, backend="{version}")
+torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("version", versions())
+def test_the_first_call_of_a_thread(version: str) -> None:
+    """Nothing has run on autograd's thread of a new process when our backward comes."""
+    program = FIRST_BACKWARD.format(version=version)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                           check=False)  # fmt: skip
+    assert found.returncode == 0, found.stderr[-2000:]
