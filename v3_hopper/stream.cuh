@@ -28,6 +28,7 @@ struct Stream {
 #pragma unroll 1
       for (int i = 0; i < skipped; ++i) {
         pipe.wait_k();
+        __syncwarp();  // one lane gives back what all have seen
         pipe.release_k();
       }
     }
@@ -43,6 +44,7 @@ struct Stream {
 #pragma unroll 1
       for (int i = block; i < last; ++i) {
         pipe.wait_v();
+        pipe.sync();  // a warp that came later would wait for a phase that is over
         pipe.release_v();
       }
     }
