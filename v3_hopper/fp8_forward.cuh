@@ -35,8 +35,10 @@ struct Consumer {
   __device__ __forceinline__ void skip() {
     pipe.give_turn();
     pipe.wait_k();
+    pipe.sync();  // a warp that came later would wait for a phase that is over
     pipe.release_k();
     pipe.wait_v();
+    pipe.sync();
     pipe.release_v();
     pipe.take_turn();
   }

@@ -109,14 +109,6 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap& map, C
       : "memory");
 }
 
-// Brings one box into L2.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, Coordinate at) {
-  asm volatile(
-      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map),
-      "r"(at.column), "r"(at.row), "r"(at.head), "r"(at.batch)
-      : "memory");
-}
-
 // Writes one box back; ends with commit_stores and wait_stores*.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* shared,
                                           Coordinate at) {
