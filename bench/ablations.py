@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 import flash
-from bench import record, variants
+from bench import script, variants
 from bench.variants import Variant
 from flash.study.cases import Case, paper
-from flash.study.timing import Board
 
 Row = dict[str, Any]
 DIMS = "64;128"
@@ -168,8 +167,7 @@ def quantized() -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = script.parser(__doc__)
     parser.add_argument("--build", type=Path, help="only build, into this folder")
     parser.add_argument("--place", type=Path, help="where builds are, or go")
     parser.add_argument("--time", help=argparse.SUPPRESS)
@@ -181,18 +179,14 @@ def main() -> int:
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda v: variants.build(v, args.build, DIMS), VARIANTS))
         return 0
-    if not torch.cuda.is_available():
-        print("bench.ablations needs a CUDA device; this machine has none", file=sys.stderr)
+    if script.lacks_gpu("ablations"):
         return 2
     with tempfile.TemporaryDirectory() as scratch:
         rows = timed(args.place or Path(scratch))
     for row in rows:
         print(f"{row['version']} without {row['without']:48} {row['case']:20} {row['tflops']:6.0f} "
               f"of {row['baseline']:.0f}, error {row['error']:.1e}", flush=True)  # fmt: skip
-    path = args.out / record.slug(torch.cuda.get_device_name(0)) / "ablations.json"
-    record.write(path, {**record.head(Board().facts()), "date": record.now(),
-                        "command": "python -m bench.ablations", "ablations": rows,
-                        "fp8": quantized()})  # fmt: skip
+    script.leave(args.out, "ablations", {"ablations": rows, "fp8": quantized()})
     return 0
 
 

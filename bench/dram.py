@@ -12,20 +12,18 @@ import io
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import flash
-from bench import record
+from bench import script
 from bench.digest import ROOT
 from flash.study.cases import Case, paper
 from flash.study.competitors import OURS, competitor
 from flash.study.inputs import draw
 from flash.study.measure import reason
 from flash.study.modelled import least_bytes
-from flash.study.timing import Board
 
 MARK = "spin_kernel"
 METRICS = {
@@ -104,12 +102,10 @@ def plan(version: str, case: Case) -> dict[str, int | None]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = script.parser(__doc__)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.dram needs a CUDA device; this machine has none", file=sys.stderr)
+    if script.lacks_gpu("dram"):
         return 2
     if args.work:
         work()
@@ -127,10 +123,7 @@ def main() -> int:
     if not rows:
         print("bench.dram: ncu counted nothing; is it installed and allowed?", file=sys.stderr)
         return 1
-    path = args.out / record.slug(torch.cuda.get_device_name(0)) / "dram.json"
-    head = record.head(Board().facts())
-    record.write(path, {**head, "date": record.now(), "command": "python -m bench.dram",
-                        "traffic": rows})  # fmt: skip
+    script.leave(args.out, "dram", {"traffic": rows})
     return 0
 
 

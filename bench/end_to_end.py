@@ -6,24 +6,21 @@ data from the same weights, then step time and memory against length until memor
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import record
+from bench import script
 from bench.memory import STANDARD, attention
 from flash.study.competitors import OURS
 from flash.study.measure import reason
-from flash.study.timing import Board
 
 LENGTHS = tuple(1 << n for n in range(10, 17))
 ATTENTIONS = (STANDARD, *OURS)
@@ -182,20 +179,15 @@ def sweep(deadline: float) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = script.parser(__doc__)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=55)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.end_to_end needs a CUDA device; this machine has none", file=sys.stderr)
+    if script.lacks_gpu("end_to_end"):
         return 2
     deadline = time.monotonic() + args.seconds
     found = {"curves": curves(args.steps, 1024, "cuda"), "steps": sweep(deadline)}
-    path = args.out / record.slug(torch.cuda.get_device_name(0)) / "end_to_end.json"
-    head = record.head(Board().facts())
-    command = f"python -m bench.end_to_end --steps {args.steps}"
-    record.write(path, {**head, "date": record.now(), "command": command, **found})
+    script.leave(args.out, "end_to_end", found, f"end_to_end --steps {args.steps}")
     return 0
 
 

@@ -6,6 +6,7 @@ Parts can be asked for alone and in any order; a later part adds to the files of
   python -m bench.gpu_check --bench v2 --direction backward [--head-dim 128] [--again]
   python -m bench.gpu_check --sustained v3
   python -m bench.gpu_check --limits | --memory | --end-to-end | --dram | --ablations | --trace
+  python -m bench.gpu_check --sanitize | --repeat    for parts: python -m bench.sanitize --help
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ HANG_SECONDS = 60  # for one test; the slowest took under 5 s on one H200
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 NAMES = (*OURS, "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 FP8_NAMES = ("v3", "fa3")
-STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace")
+STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat")
 
 
 def main() -> int:

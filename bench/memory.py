@@ -5,22 +5,19 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import flash
-from bench import record
+from bench import script
 from flash.demo import memory_of, textbook
 from flash.study.cases import Case
 from flash.study.competitors import OURS
 from flash.study.measure import reason
-from flash.study.timing import Board
 
 HEADS, HEAD_DIM, BATCH = 16, 64, 1
 LENGTHS = tuple(1 << n for n in range(9, 18))
@@ -55,11 +52,9 @@ def one(name: str, seqlen: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = script.parser(__doc__)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.memory needs a CUDA device; this machine has none", file=sys.stderr)
+    if script.lacks_gpu("memory"):
         return 2
     rows = []
     for seqlen in LENGTHS:
@@ -68,10 +63,7 @@ def main() -> int:
             gc.collect()
             torch.cuda.empty_cache()
             print(rows[-1], flush=True)
-    path = args.out / record.slug(torch.cuda.get_device_name(0)) / "memory.json"
-    head = record.head(Board().facts())
-    record.write(path, {**head, "date": record.now(), "command": "python -m bench.memory",
-                        "memory": rows})  # fmt: skip
+    script.leave(args.out, "memory", {"memory": rows})
     return 0
 
 

@@ -5,7 +5,6 @@ Compiles limits.cu beside it for this GPU and writes bench/results/<gpu>/limits.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -17,9 +16,8 @@ from typing import Any
 
 import torch
 
-from bench import record
+from bench import script
 from bench.digest import ROOT
-from flash.study.timing import Board
 
 SOURCE = Path(__file__).with_name("limits.cu")
 
@@ -60,29 +58,17 @@ def measure() -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def write(out: Path, board: Board) -> Path:
-    """Measure and leave the file that tables and reports read."""
-    path = out / record.slug(torch.cuda.get_device_name(0)) / "limits.json"
-    command = "python -m bench.limits"
-    head = record.head(board.facts())
-    content = {**head, "date": record.now(), "command": command, "limits": measure()}
-    record.write(path, content)
-    return path
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = script.parser(__doc__)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.limits needs a CUDA device; this machine has none", file=sys.stderr)
+    if script.lacks_gpu("limits"):
         return 2
-    path = write(args.out, Board())
-    for row in record.read(path)["limits"]:
+    rows = measure()
+    for row in rows:
         share = row.get("per_clock_and_processor")
         detail = f"{share:10.1f} per clock and SM at {row['clock_mhz']} MHz" if share else ""
         print(f"{row['name']:14} {row['rate']:.4g} {row['unit']:9} {detail}")
-    print(f"wrote {path}")
+    print(f"wrote {script.leave(args.out, 'limits', {'limits': rows})}")
     return 0
 
 

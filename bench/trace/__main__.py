@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from bench import record, variants
+from bench import script, variants
 from bench.variants import Edit, Variant
 from flash.study import timeline
 from flash.study.cases import Case
-from flash.study.timing import Board
 
 MARKS = Path(__file__).with_name("marks.cuh")
 ROLES = ("producer", "consumer 0", "consumer 1", "consumer 2")
@@ -110,8 +109,7 @@ def spans(text: str) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = script.parser(__doc__)
     parser.add_argument("--build", type=Path, help="only build, into this folder")
     parser.add_argument("--place", type=Path, help="where the build is, or goes")
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
@@ -122,20 +120,15 @@ def main() -> int:
     if args.build:
         build(args.build)
         return 0
-    if not torch.cuda.is_available():
-        print("bench.trace needs a CUDA device; this machine has none", file=sys.stderr)
+    if script.lacks_gpu("trace"):
         return 2
     with tempfile.TemporaryDirectory() as scratch:
         marks = Path(scratch) / "marks"
         os.environ["FLASH_TRACE_FILE"] = str(marks)
         variants.python(build(args.place or Path(scratch)), "-m", "bench.trace", "--run")
         rows = spans(marks.read_text())
-    board = Board()
-    folder = args.out / record.slug(torch.cuda.get_device_name(0))
-    about = {"date": record.now(), "command": "python -m bench.trace", "case": CASE.key()}
-    content = {**record.head(board.facts()), **about, "timeline": rows}
-    record.write(folder / "timeline.json", content)
-    timeline.write_perfetto(rows, folder / "plots" / "trace.perfetto.json")
+    path = script.leave(args.out, "timeline", {"case": CASE.key(), "timeline": rows}, "trace")
+    timeline.write_perfetto(rows, path.parent / "plots" / "trace.perfetto.json")
     print(timeline.summary(rows))
     return 0
 

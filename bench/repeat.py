@@ -1,0 +1,92 @@
+"""The same bits every time: `python -m bench.repeat` replays every kernel thousands of times.
+
+Each call is captured in a CUDA graph that compares its results with those of the first run on the
+device, bit by bit; the backward pass with `deterministic=True`. Writes
+bench/results/<gpu>/repeat.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+
+from bench import digest, kernel_calls, record, script
+from bench.kernel_calls import Kernel, Results, Shape
+from flash.study.competitors import OURS
+
+FORWARD = {"v3_hopper": 10_000}  # runs of each kernel and shape; the others
+OTHERS = 1_000
+KEY = ("version", "kernel", "shape")
+LONG = (
+    Shape("full, 450", (450,), (450,), batch=4, heads=8, heads_kv=8),
+    Shape("causal, 1999, GQA", (1999,), (1999,), heads=8, options={"causal": True}),
+)
+Row = dict[str, Any]
+
+
+def shapes(kernel: Kernel) -> list[Shape]:
+    wanted = [*LONG, *(shape for shape in kernel_calls.SMALL if shape.options)]
+    if not kernel.direction:
+        return wanted
+    return [Shape(**{**vars(s), "options": {**s.options, "deterministic": True}}) for s in wanted]
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def differing(first: Results, found: Results) -> torch.Tensor:
+    each = [(bits(x) != bits(y)).any() for x, y in zip(first, found, strict=True)]
+    return torch.stack(each).any()
+
+
+def replayed(kernel: Kernel, shape: Shape, times: int) -> Row:
+    """How many of the runs differ from the first in any bit."""
+    call, begin = kernel_calls.prepare(kernel, shape, judge="cuda"), time.monotonic()
+    first = tuple(x.clone() for x in call.run())
+    count = torch.zeros((), dtype=torch.int64, device="cuda")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        differing(first, call.run())
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            count += differing(first, call.run())
+        count.zero_()
+        for _ in range(times):
+            graph.replay()
+        stream.synchronize()
+    return {"version": kernel.version, "kernel": list(kernel[1:]), "name": str(kernel),
+            "shape": shape.name, "runs": times, "differing": int(count),
+            "error": float(f"{call.error(first):.2e}"), "digest": digest.digest(kernel.version),
+            "seconds": round(time.monotonic() - begin, 2), "date": record.now()}  # fmt: skip
+
+
+def main() -> int:
+    parser = script.parser(__doc__)
+    parser.add_argument("--version", choices=[*OURS], action="append")
+    parser.add_argument("--only", default="", help="kernels whose name holds this, as 'bf16:64'")
+    args = parser.parse_args()
+    if script.lacks_gpu("repeat"):
+        return 2
+    rows = record.read(script.path_of(args.out, "repeat")).get("repeat", [])
+    bad = 0
+    for name in args.version or OURS:
+        for kernel in kernel_calls.every(OURS[name]):
+            if args.only not in str(kernel):
+                continue
+            forward = FORWARD.get(kernel.version, OTHERS)
+            for shape in shapes(kernel):
+                row = replayed(kernel, shape, OTHERS if kernel.direction else forward)
+                rows = record.merge(rows, row, KEY)
+                bad += row["differing"] > 0
+                print(*(row[k] for k in ("version", "name", "shape", "runs", "differing", "error",
+                                         "seconds")), sep=", ", flush=True)  # fmt: skip
+            script.leave(args.out, "repeat", {"repeat": rows})
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Every kernel under NVIDIA's compute-sanitizer: `python -m bench.sanitize [--version v3] ...`.
+
+One process for each version, direction and tool calls every kernel that was built on small shapes
+of every kind (bench.kernel_calls). Adds to bench/results/<gpu>/sanitizer.json, so that parts can
+be asked for alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from bench import digest, kernel_calls, record, script
+from flash.study.competitors import OURS
+
+TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")
+OPTIONS = {"memcheck": ("--padding", "256"), "racecheck": ("--racecheck-report", "all")}
+DIRECTIONS = ("forward", "backward")
+KEY = ("version", "direction", "tool")
+SUMMARY = r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warnings?\)"
+SHOWN = 60  # lines of a report that are kept
+Row = dict[str, Any]
+
+
+def work(version: str, direction: str, only: str) -> None:
+    """What runs under the sanitizer; prints one line for each kernel."""
+    for kernel in kernel_calls.every(version):
+        if kernel.direction != DIRECTIONS.index(direction) or only not in str(kernel):
+            continue
+        worst = 0.0
+        for shape in kernel_calls.shapes(kernel):
+            call = kernel_calls.prepare(kernel, shape)
+            error = call.error(call.run())
+            worst = error if error != error else max(worst, error)
+        found = {"kernel": list(kernel[1:]), "error": float(f"{worst:.2e}")}
+        print("kernel " + json.dumps(found), flush=True)
+
+
+def inspect(name: str, direction: str, tool: str, args: argparse.Namespace) -> Row:
+    """One part: the row that is recorded."""
+    version, begin = OURS[name], time.monotonic()
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [sanitizer, "--tool", tool, *OPTIONS.get(tool, ()), "--kernel-regex", "kns=flash",
+               "--show-backtrace", "device", "--print-limit", "20", sys.executable, "-m",
+               "bench.sanitize", "--work", version, direction, args.only]  # fmt: skip
+    status, text = output_of(command, args.seconds)
+    about = {"version": version, "direction": direction, "tool": tool,
+             "digest": digest.digest(version), "date": record.now(),
+             "seconds": round(time.monotonic() - begin, 1)}  # fmt: skip
+    return {**about, **verdict(text, status)}
+
+
+def output_of(command: list[str], seconds: float) -> tuple[int, str]:
+    """Status, -1 where time ran out, and everything it said; nothing of it stays behind."""
+    environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY", "OMP_NUM_THREADS": "2",
+                   "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # fmt: skip
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=digest.ROOT, env=environment, stdout=output,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            status = -1
+            process.wait()
+        output.seek(0)
+        return status, output.read()
+
+
+def verdict(text: str, status: int) -> Row:
+    """What a tool's output says; `errors` and `warnings` are those of its summary."""
+    called = [json.loads(line[7:]) for line in text.splitlines() if line.startswith("kernel {")]
+    summary = re.search(SUMMARY, text)
+    row: Row = {"kernels": [found["kernel"] for found in called],
+                "error": max((found["error"] for found in called), default=None)}  # fmt: skip
+    if summary is None or status:
+        row["why"] = "ran out of time" if status < 0 else f"ended with status {status}"
+    if summary:
+        row["errors"] = int(summary[1] or summary[2] or 0)
+        row["warnings"] = int(summary[3] or 0)
+    if row.get("errors") or row.get("warnings") or "why" in row:
+        said = [line for line in text.splitlines() if not line.startswith("kernel {")]
+        row["report"] = said[:SHOWN] + (["...", *said[-SHOWN:]] if len(said) > SHOWN else [])
+    return row
+
+
+def main() -> int:
+    parser = script.parser(__doc__)
+    parser.add_argument("--version", choices=[*OURS], action="append")
+    parser.add_argument("--direction", choices=DIRECTIONS, action="append")
+    parser.add_argument("--tool", choices=TOOLS, action="append")
+    parser.add_argument("--only", default="", help="kernels whose name holds this, as 'bf16:64'")
+    parser.add_argument("--workers", type=int, default=8, help="processes at a time")
+    parser.add_argument("--seconds", type=float, default=300, help="for one process")
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(*args.work)
+        return 0
+    if script.lacks_gpu("sanitize"):
+        return 2
+    asked = (args.tool or TOOLS, args.version or OURS, args.direction or DIRECTIONS)
+    parts = [(name, direction, tool) for tool, name, direction in itertools.product(*asked)]
+    path = script.path_of(args.out, "sanitizer")
+    rows = record.read(path).get("sanitizer", [])
+    with ThreadPoolExecutor(args.workers) as pool:
+        for done in as_completed([pool.submit(inspect, *part, args) for part in parts]):
+            row = done.result()
+            rows = record.merge(rows, row, KEY)
+            counts = " ".join(f"{k} {row[k]}" for k in ("errors", "warnings", "why") if k in row)
+            print(f"{row['version']} {row['direction']} {row['tool']}: {len(row['kernels'])} "
+                  f"kernels, {counts}, {row['seconds']} s", flush=True)  # fmt: skip
+            script.leave(args.out, "sanitizer", {"sanitizer": rows}, "sanitize")
+    return int(any("why" in row or row.get("errors") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
