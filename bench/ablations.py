@@ -50,6 +50,26 @@ OVERLAP = (
     ("v3_hopper/forward.cuh", "wgmma_wait<1>();  // S is there",
      "wgmma_wait<0>();  // S is there"),
 )  # fmt: skip
+_CONSUMER, _FORWARD = "v3_hopper/consumer.cuh", "v3_hopper/forward.cuh"
+_GUARD, _SOFTMAX = '#include "v3_hopper/guard.cuh"\n', "softmax = {make_scale<Traits>(args.p)};\n"
+SPECIALIZATION = (
+    ("v3_hopper/traits.cuh", "kThreads = (1 + kConsumers)", "kThreads = kConsumers"),
+    ("v3_hopper/traits.cuh", "kConsumers + kGuardWarps + 1;", "kConsumers;"),
+    ("v3_hopper/traits.cuh", "kSkips = !kTakesTurns && kBlockQ > kBlockKV;", "kSkips = false;"),
+    ("v3_hopper/load.cuh", "needs_guard<Traits>(at, block, args.p.cu_seqlens_k != nullptr)",
+     "false"),
+    (_CONSUMER, _GUARD, '#include "v3_hopper/feeder.cuh"\n' + _GUARD),
+    (_CONSUMER, _SOFTMAX,
+     _SOFTMAX + "  Feeder<Traits>& feeder = Feeder<Traits>::make(args, shared);\n"),
+    (_FORWARD, "  pipe.give_turn();\n", "  pipe.give_turn();\n  feeder.feed(1);\n"),
+    (_FORWARD, "  if (!next.open_tile(pipe)) return;\n",
+     "  feeder.feed(0);\n  if (!next.open_tile(pipe)) return;\n  feeder.enter();\n"),
+    (_FORWARD, "sK);\n  wgmma_wait<0>();\n", "sK);\n  feeder.feed(0);\n  wgmma_wait<0>();\n"),
+    (_FORWARD, "(pipe)) break;\n", "(pipe)) break;\n    feeder.enter();\n"),
+    (_FORWARD, "if (warpgroup == 0) {", "if constexpr (false) {  // no other role"),
+    (_FORWARD, "    grow_registers<Traits::kConsumerRegisters>();\n", ""),
+    (_FORWARD, "shared, warpgroup - 1}", "shared, warpgroup}"),
+)  # fmt: skip
 VARIANTS = (
     Variant(*V1),
     Variant(*V1, "long K/V blocks (128 keys on chip)", (
@@ -80,6 +100,8 @@ VARIANTS = (
     Variant(*V3, "ping-pong", PING_PONG),
     Variant(*V3, "overlap inside a warpgroup", OVERLAP),
     Variant(*V3, "ping-pong and overlap inside a warpgroup", PING_PONG + OVERLAP),
+    Variant(*V3, "warp specialization (a consumer issues the loads)", SPECIALIZATION,
+            (("bench/feeder.cuh", "v3_hopper/feeder.cuh"),)),
     Variant(*V3, "a ring (one stage of K and of V)", (
         ("v3_hopper/traits.cuh", "kStages = 2,", "kStages = 1,"),
         ("v3_hopper/traits.cuh", "kStages = 4,", "kStages = 1,"))),

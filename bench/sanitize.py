@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -25,11 +26,13 @@ from bench import digest, kernel_calls, record, script
 from flash.study.competitors import OURS
 
 TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")
-OPTIONS = {"memcheck": ("--padding", "256"), "racecheck": ("--racecheck-report", "all")}
+OPTIONS = {"memcheck": ("--padding", "256"), "racecheck": ("--racecheck-report", "analysis")}
 DIRECTIONS = ("forward", "backward")
 KEY = ("version", "direction", "tool")
 SUMMARY = r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warnings?\)"
-SHOWN = 60  # lines of a report that are kept
+NOISE = r"COMPUTE-SANITIZER|SUMMARY|Current Value|Saved host|Host Frame|^by thread|^Access"
+DIFFERS = r"0x[0-9a-f]+ in block \([^)]*\) |Thread \([^)]*\) |flash::|\(int\)|\(bool\)"
+SHOWN = 20  # kinds of reports that are kept
 Row = dict[str, Any]
 
 
@@ -51,8 +54,8 @@ def inspect(name: str, direction: str, tool: str, args: argparse.Namespace) -> R
     """One part: the row that is recorded."""
     version, begin = OURS[name], time.monotonic()
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    command = [sanitizer, "--tool", tool, *OPTIONS.get(tool, ()), "--kernel-regex", "kns=flash",
-               "--show-backtrace", "device", "--print-limit", "20", sys.executable, "-m",
+    command = [sanitizer, "--tool", tool, *OPTIONS.get(tool, ()), "--kernel-name", "kns=flash",
+               "--show-backtrace", "device", "--print-limit", "1000", sys.executable, "-m",
                "bench.sanitize", "--work", version, direction, args.only]  # fmt: skip
     status, text = output_of(command, args.seconds)
     about = {"version": version, "direction": direction, "tool": tool,
@@ -90,9 +93,19 @@ def verdict(text: str, status: int) -> Row:
         row["errors"] = int(summary[1] or summary[2] or 0)
         row["warnings"] = int(summary[3] or 0)
     if row.get("errors") or row.get("warnings") or "why" in row:
-        said = [line for line in text.splitlines() if not line.startswith("kernel {")]
-        row["report"] = said[:SHOWN] + (["...", *said[-SHOWN:]] if len(said) > SHOWN else [])
+        row["report"] = [f"{count} times: {kind}" for kind, count in kinds(text).most_common(SHOWN)]
     return row
+
+
+def kinds(text: str) -> Counter[str]:
+    """The reports without what differs from thread to thread, and how often each came."""
+    found: Counter[str] = Counter()
+    for block in re.split(r"^=+ *$", text, flags=re.M):
+        lines = [line.strip("= ") for line in block.splitlines() if line.startswith("===")]
+        said = " | ".join(line for line in lines if not re.search(NOISE, line))
+        if said := re.sub(DIFFERS, "", said):
+            found[said] += 1
+    return found
 
 
 def main() -> int:

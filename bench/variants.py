@@ -29,6 +29,7 @@ class Variant:
     folder: str
     without: str = ""
     edits: tuple[Edit, ...] = ()
+    added: tuple[tuple[str, str], ...] = ()  # a file of this repository, its name among the sources
 
     @property
     def name(self) -> str:
@@ -52,6 +53,8 @@ def copy(variant: Variant, target: Path) -> None:
             shutil.copytree(source, target / name, ignore=skip, dirs_exist_ok=True)
         else:
             shutil.copy(source, target / name)
+    for file, name in variant.added:
+        shutil.copy(ROOT / file, target / name)
     for file, old, new in variant.edits:
         path = target / file
         path.write_text(edited(path.read_text(), old, new))

@@ -21,7 +21,6 @@ from bench.variants import Edit, Variant
 from flash.study import timeline
 from flash.study.cases import Case
 
-MARKS = Path(__file__).with_name("marks.cuh")
 ROLES = ("producer", "consumer 0", "consumer 1", "consumer 2")
 DOING = ("pauses", "waits", "loads K", "loads V", "multiplies", "softmax", "drains O", "rescales")
 CASE = Case("forward", "bfloat16", 1, 4096, 16, 128)
@@ -66,14 +65,11 @@ TRACED = Variant("v3", "v3_hopper", "trace", (
      "  const cudaError_t launched = launch(forward_kernel_of<Traits>(), grid, Traits::kThreads,\n"
      "      int(sizeof(typename Traits::Shared)), p.stream, args);\n"
      "  dump_trace(p.stream);\n  return launched;\n"),
-))  # fmt: skip
+), (("bench/trace/marks.cuh", "v3_hopper/trace.cuh"),))  # fmt: skip
 
 
 def build(place: Path) -> Path:
     """The traced kernel, with the marks among its sources."""
-    source = place / TRACED.name / "source" / "v3_hopper"
-    source.mkdir(parents=True, exist_ok=True)
-    (source / "trace.cuh").write_text(MARKS.read_text())
     return variants.build(TRACED, place, DIMS)
 
 
