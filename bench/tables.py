@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plots, record, study_tables
+from bench import plots, proof_tables, record, study_tables
 from bench.digest import ROOT, instances
 from bench.study_tables import markdown
 from flash.study.sources import Source, collect
@@ -102,15 +102,6 @@ def title(path: Path) -> str:
     return f"{direction.capitalize()}, {dtype}, TFLOP/s"
 
 
-def tested(folder: Path) -> str:
-    versions = record.read(folder / "tests.json").get("versions", {})
-    lines = [
-        (f"`{name}`", found["passed"], found["failed"], found["digest"], found["date"][:10])
-        for name, found in sorted(versions.items())
-    ]
-    return markdown(("version", "passed", "failed", "sources", "date"), lines) if lines else ""
-
-
 def overview(results: Path) -> str:
     """The README's share: one length per head dim and mask; the rest stands beside the data."""
     parts = []
@@ -129,6 +120,7 @@ def overview(results: Path) -> str:
             parts += ["16384 tokens, 2048 / d heads, N(0, 1), median of a burst.", ""]
         for drawn in study_tables.pictures(folder, f"{link}/plots", ("speed",)):
             parts += [drawn, ""]
+        parts += [proof_tables.summary(folder), ""]
         parts += [f"GPU tests, all lengths and the raw data: [{link}]({link}/README.md)."]
     return "\n".join(parts) or "Nothing has been measured yet."
 
@@ -181,8 +173,8 @@ def speed_files(folder: Path) -> list[Path]:
 def page(folder: Path) -> str:
     """bench/results/<gpu>/README.md."""
     parts = [f"# {folder.name}", "", "Written by `python -m bench.tables` from the files here."]
-    if tested(folder):
-        parts += ["", "## GPU tests", "", tested(folder)]
+    for heading_text, table in proof_tables.sections(folder):
+        parts += ["", f"## {heading_text}", "", table]
     for path in speed_files(folder):
         content = record.read(path)
         parts += ["", f"## {title(path)}", "", heading(content), "", speeds(content), "",

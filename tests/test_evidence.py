@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import digest, record
+from bench import digest, record, study_tables
 
 CODES = {"fp16": 0, "bf16": 1, "fp32": 2, "e4m3": 3}
 REFRESH = "run `python -m bench.gpu_check --tests` on a GPU and commit bench/results"
@@ -90,6 +90,11 @@ def test_figures_agree_with_each_other() -> None:
         flops = 4 * row["batch"] * row["heads"] * row["head_dim"] * pairs
         flops *= 2.5 if row["direction"] == "backward" else 1
         assert row["tflops"] == pytest.approx(flops / row["ms"] / 1e9, rel=2e-3)
+
+
+def test_bytes_are_those_of_the_closed_form_or_explained() -> None:
+    counted = [row for path in FILES for row in record.read(path).get("traffic", [])]
+    assert not [row for row in counted if not study_tables.agrees(row)]
 
 
 def test_record_round_trip(tmp_path: Path) -> None:

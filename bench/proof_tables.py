@@ -1,0 +1,89 @@
+"""The tables of what was proven on a GPU: tests, sanitizer, the same bits every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench import record
+from bench.study_tables import markdown
+
+Row = dict[str, Any]
+
+
+def tested(folder: Path) -> str:
+    versions = record.read(folder / "tests.json").get("versions", {})
+    lines = [
+        (f"`{name}`", found["passed"], found["failed"], found["digest"], found["date"][:10])
+        for name, found in sorted(versions.items())
+    ]
+    return markdown(("version", "passed", "failed", "sources", "date"), lines) if lines else ""
+
+
+def sanitized(folder: Path) -> str:
+    """One line for each version and direction, one column for each tool."""
+    rows: list[Row] = record.read(folder / "sanitizer.json").get("sanitizer", [])
+    tools = sorted({row["tool"] for row in rows})
+    lines = []
+    for version, way in sorted({(row["version"], row["direction"]) for row in rows}):
+        own = {r["tool"]: r for r in rows if (r["version"], r["direction"]) == (version, way)}
+        found = next(iter(own.values()))
+        cells = [verdict(own[tool]) if tool in own else "–" for tool in tools]
+        lines.append((f"`{version}`", way, len(found["kernels"]), *cells, found["digest"],
+                      found["date"][:10]))  # fmt: skip
+    columns = ("version", "direction", "kernels", *tools, "sources", "date")
+    return markdown(columns, lines) if lines else ""
+
+
+def verdict(row: Row) -> str:
+    if "why" in row:
+        return str(row["why"])
+    errors, warnings = row["errors"], row["warnings"]
+    return f"{errors} errors, {warnings} warnings" if errors or warnings else "clean"
+
+
+def repeated(folder: Path) -> str:
+    """One line for each version and direction: how many runs, how many of them differed."""
+    rows: list[Row] = record.read(folder / "repeat.json").get("repeat", [])
+    lines = []
+    for version, way in sorted({(row["version"], row["name"].split()[0]) for row in rows}):
+        own = [r for r in rows if (r["version"], r["name"].split()[0]) == (version, way)]
+        kernels = {row["name"] for row in own}
+        lines.append((f"`{version}`", way, len(kernels), len({row["shape"] for row in own}),
+                      min(row["runs"] for row in own), sum(row["differing"] for row in own),
+                      own[0]["digest"], own[0]["date"][:10]))  # fmt: skip
+    columns = ("version", "direction", "kernels", "shapes", "runs of each", "runs that differ",
+               "sources", "date")  # fmt: skip
+    return markdown(columns, lines) if lines else ""
+
+
+def sections(folder: Path) -> list[tuple[str, str]]:
+    """(heading, table) of each proof that there is."""
+    found = (
+        ("GPU tests", tested(folder)),
+        ("compute-sanitizer, every kernel on small shapes, `python -m bench.sanitize`",
+         sanitized(folder)),
+        ("The same bits at every run, backward deterministic, `python -m bench.repeat`",
+         repeated(folder)),
+    )  # fmt: skip
+    return [(heading, table) for heading, table in found if table]
+
+
+def summary(folder: Path) -> str:
+    """The README's line: what stands behind the kernels on this GPU."""
+    parts = []
+    versions = record.read(folder / "tests.json").get("versions", {})
+    if versions:
+        passed = ", ".join(f"{n} {v['passed']}" for n, v in sorted(versions.items()))
+        parts.append(f"GPU tests passed: {passed}.")
+    rows = record.read(folder / "sanitizer.json").get("sanitizer", [])
+    if rows:
+        tools = ", ".join(sorted({row["tool"] for row in rows}))
+        odd = [r for r in rows if verdict(r) != "clean"]
+        said = "; ".join(f"{r['version']} {r['direction']} {r['tool']}: {verdict(r)}" for r in odd)
+        parts.append(f"compute-sanitizer ({tools}) over every kernel: {said or 'clean'}.")
+    rows = record.read(folder / "repeat.json").get("repeat", [])
+    if rows:
+        parts.append(f"{sum(r['runs'] for r in rows):,} repeated runs of {len(rows)} kernels and "
+                     f"shapes: {sum(r['differing'] for r in rows)} differ in any bit.")  # fmt: skip
+    return " ".join(parts)

@@ -1,0 +1,122 @@
+"""The sanitizer and the repeated runs speak of the kernels as they are now, and found nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_evidence import FILES, WITH_KERNELS, listed
+
+from bench import digest, kernel_calls, proof_tables, record, repeat, sanitize
+from bench.kernel_calls import Kernel
+
+MEMCHECK = """kernel {"kernel": [0, 3, 64, 64], "error": 0.05}
+========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 4 bytes
+=========     at void flash::v3::fp8::kernel<(int)64>(flash::Arguments)+0x1010 in a.cuh:7
+=========     by thread (288,0,0) in block (8,0,0)
+=========     Access to 0x7fb9709f4348 is out of bounds
+=========
+========= Invalid __global__ read of size 4 bytes
+=========     at void flash::v3::fp8::kernel<(int)64>(flash::Arguments)+0x1010 in a.cuh:7
+=========     by thread (289,0,0) in block (8,0,0)
+=========     Access to 0x7fb9709f4348 is out of bounds
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+recorded = pytest.mark.skipif(
+    not any(path.name == "sanitizer.json" for path in FILES), reason="nothing is recorded yet"
+)
+CLEAN = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+
+
+def current(part: str, version: str) -> list[dict[str, Any]]:
+    """Recorded rows of a version's present sources."""
+    rows = [row for path in FILES for row in record.read(path).get(part, [])]
+    now = digest.digest(version)
+    return [row for row in rows if row["version"] == version and row["digest"] == now]
+
+
+@recorded
+@pytest.mark.parametrize("version", WITH_KERNELS)
+def test_every_kernel_is_clean_under_every_tool(version: str) -> None:
+    rows = current("sanitizer", version)
+    for tool in sanitize.TOOLS:
+        own = [row for row in rows if row["tool"] == tool]
+        assert not [row for row in own if proof_tables.verdict(row) != "clean"]
+        seen = {tuple(kernel) for row in own for kernel in row["kernels"]}
+        missing = listed(version) - seen
+        assert not missing, f"{tool} has not seen {sorted(missing)}: run `python -m bench.sanitize`"
+
+
+@recorded
+@pytest.mark.parametrize("version", WITH_KERNELS)
+def test_every_kernel_repeats_its_bits(version: str) -> None:
+    rows = current("repeat", version)
+    assert not [row for row in rows if row["differing"]]
+    runs: Counter[tuple[int, ...]] = Counter()
+    for row in rows:
+        runs[tuple(row["kernel"])] += row["runs"]
+    for kernel in listed(version):
+        wanted = repeat.OTHERS if kernel[0] else repeat.FORWARD.get(version, repeat.OTHERS)
+        assert runs[kernel] >= wanted, f"{kernel}: run `python -m bench.repeat`"
+
+
+def test_recorded_calls_were_right() -> None:
+    """The calls that the sanitizer saw computed what they should: no kernel was watched idle."""
+    for path in FILES:
+        for row in (*record.read(path).get("sanitizer", []), *record.read(path).get("repeat", [])):
+            assert row["error"] < 0.08, row
+
+
+def test_a_report_is_grouped_and_counted() -> None:
+    row = sanitize.verdict(MEMCHECK, 0)
+    assert (row["errors"], row["warnings"], row["kernels"]) == (2, 0, [[0, 3, 64, 64]])
+    (report,) = row["report"]
+    assert report.startswith("2 times: Invalid __global__ read")
+    assert "a.cuh:7" in report
+    assert "0x7fb9709f4348" not in report
+
+
+def test_a_clean_run_and_one_without_an_end() -> None:
+    row = sanitize.verdict(CLEAN, 0)
+    assert proof_tables.verdict(row) == "clean"
+    assert "report" not in row
+    assert proof_tables.verdict(sanitize.verdict("", -1)) == "ran out of time"
+    assert proof_tables.verdict(sanitize.verdict(CLEAN, 9)) == "ended with status 9"
+
+
+KERNELS = [
+    Kernel("v2_parallel", 0, 1, 64, 64), Kernel("v2_parallel", 1, 1, 64, 64),
+    Kernel("v3_hopper", 0, 1, 192, 128), Kernel("v3_hopper", 0, 3, 64, 64),
+    Kernel("v3_hopper", 0, 3, 96, 96),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_calls_run_and_are_right(kernel: Kernel) -> None:
+    """On a CPU the schedules run in the kernels' place."""
+    for shape in kernel_calls.shapes(kernel):
+        if shape.heads > 8:
+            continue
+        call = kernel_calls.prepare(kernel, shape, "cpu")
+        assert call.error(call.run()) < (0.08 if kernel.code == kernel_calls.E4M3 else 4e-3)
+
+
+def test_pages_show_the_proofs(tmp_path: Path) -> None:
+    folder = tmp_path / "gpu"
+    dirty = {**sanitize.verdict(MEMCHECK, 0), "tool": "memcheck"}
+    clean = {**sanitize.verdict(CLEAN, 0), "tool": "racecheck"}
+    about = {"version": "v3_hopper", "direction": "forward", "digest": "abc", "date": "2026-01-02T"}
+    rows = [{**about, **dirty}, {**about, **clean}]
+    record.write(folder / "sanitizer.json", {"sanitizer": rows})
+    once = {"version": "v3_hopper", "name": "forward bf16:64", "shape": "full", "runs": 10_000,
+            "differing": 0, "digest": "abc", "date": "2026-01-02T"}  # fmt: skip
+    record.write(folder / "repeat.json", {"repeat": [once]})
+    (_, sanitized), (_, repeated) = proof_tables.sections(folder)
+    assert "2 errors, 0 warnings | clean" in sanitized
+    assert "10000 | 0 | abc" in repeated
+    assert "v3_hopper forward memcheck: 2 errors" in proof_tables.summary(folder)
+    assert "10,000 repeated runs" in proof_tables.summary(folder)
