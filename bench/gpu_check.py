@@ -39,7 +39,8 @@ HANG_SECONDS = 60  # for one test; the slowest took under 5 s on one H200
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 NAMES = (*OURS, "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 FP8_NAMES = ("v3", "fa3")
-STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat")
+STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat",
+           "breadth")  # fmt: skip
 
 
 def main() -> int:

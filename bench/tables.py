@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plots, proof_tables, record, study_tables
+from bench import breadth, plots, proof_tables, record, study_tables
 from bench.digest import ROOT, instances
 from bench.study_tables import markdown
 from flash.study.sources import Source, collect
@@ -164,6 +164,18 @@ def traced(results: Path) -> str:
     return "\n".join(parts).rstrip() or "Nothing has been recorded yet."
 
 
+def broad(results: Path) -> str:
+    """For the page of v3: forward off the papers' sweep."""
+    parts = []
+    for folder in folders(results):
+        content = record.read(folder / "breadth.json")
+        if content.get("breadth"):
+            where = f"{content['environment']['gpu']}, {content['date'][:10]}"
+            table = breadth.table(content["breadth"])
+            parts += [f"{where}, `{content['command']}`:", "", table, ""]
+    return "\n".join(parts).rstrip() or "Nothing has been recorded yet."
+
+
 def speed_files(folder: Path) -> list[Path]:
     return [
         path for way in ("forward", "backward") for path in sorted(folder.glob(f"{way}_*.json"))
@@ -209,6 +221,7 @@ def filled(text: str, results: Path) -> str:
         "results": lambda: overview(results),
         "evolution": lambda: evolution(results),
         "timeline": lambda: traced(results),
+        "breadth": lambda: broad(results),
     }
 
     def put(match: re.Match[str]) -> str:

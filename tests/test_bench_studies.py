@@ -18,7 +18,8 @@ TINY = tuple(
     end_to_end.Model(name, causal, width=64, heads=2, layers=2, vocabulary=64)
     for name, causal in (("decoder", True), ("encoder", False))
 )
-SCRIPTS = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat")
+SCRIPTS = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat",
+           "breadth")  # fmt: skip
 
 
 def test_training_agrees_and_learns() -> None:

@@ -218,7 +218,8 @@ def _xformers(case: Case) -> Forward:
 
 
 @cache
-def _fa3_ops() -> Any:
+def fa3_ops() -> Any:
+    """FlashAttention-3's operators: fwd, bwd."""
     library = os.environ.get("FLASH_PEER_FA3")
     if library:
         torch.ops.load_library(library)
@@ -228,7 +229,7 @@ def _fa3_ops() -> Any:
 
 
 def _fa3(case: Case, x: Inputs) -> Run:
-    ops, (left, right) = _fa3_ops(), _sides(case)
+    ops, (left, right) = fa3_ops(), _sides(case)
     options: dict[str, Any] = {"softmax_scale": case.spec.scale, "is_causal": case.causal}
     if case.window is not None:
         options |= {"window_size_left": left, "window_size_right": right}
