@@ -120,7 +120,8 @@ struct Consumer {
       const Work& work = pipe.wait_work();
       if (work.head < 0) return;
       const int row = work.row + group_row();
-      const float q_descale = descale_of(args.p.q_descale, work.index, row, work.head_kv);
+      const int scaled_row = min(row, work.sequence.seqlen_q - 1);  // a group may have no rows
+      const float q_descale = descale_of(args.p.q_descale, work.index, scaled_row, work.head_kv);
       to_log2 = args.p.scale * kLog2E * q_descale;
       const Range blocks = key_blocks<Traits>(work), keys = work.sequence.keys(row, kGroupRows);
       const int first = max(keys.begin / Traits::kBlockKV, blocks.begin);

@@ -126,9 +126,9 @@ __device__ __forceinline__ void transpose_all(typename Traits::Shared& shared) {
       transpose<Traits, Care::kNone>(shared.raw[from], shared.v[to], order.keys);
     } else if (order.care == Care::kClean ||
                transpose<Traits, Care::kLook>(shared.raw[from], shared.v[to], order.keys)) {
-      if (transpose<Traits, Care::kClean>(shared.raw[from], shared.v[to], order.keys)) {
-        shared.work[order.work].poisoned = 1;
-      }
+      const bool found =
+          transpose<Traits, Care::kClean>(shared.raw[from], shared.v[to], order.keys);
+      if (found && threadIdx.x % kWarp == 0) shared.work[order.work].poisoned = 1;
     }
     fence_async_proxy();
     __syncwarp();

@@ -81,7 +81,8 @@ __device__ __forceinline__ void guard(const Arguments& args, typename Traits::Sh
       shared.v_landed[v.slot].wait(landed_parity >> v.slot & 1);
       landed_parity ^= 1u << v.slot;
       const int keys = work.sequence.seqlen_k - block * Traits::kBlockKV;
-      if (clean_v<Traits>(shared.v[v.slot], keys, guard)) work.poisoned = 1;
+      const bool found = clean_v<Traits>(shared.v[v.slot], keys, guard);
+      if (found && leader) work.poisoned = 1;
       fence_async_proxy();
       __syncwarp();
       if (leader) shared.v_full[v.slot].arrive();

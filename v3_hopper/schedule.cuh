@@ -63,7 +63,7 @@ class Schedule {
  public:
   __device__ __forceinline__ Schedule(const Arguments& args, PackedWalk& walk)
       : args_(args), walk_(walk) {
-    walk_ = {0, 0};
+    note({0, 0});
   }
 
   // The next tile; all lanes call it and get the same answer.
@@ -108,12 +108,18 @@ class Schedule {
         through = __shfl_sync(~0u, through, owner);
         Tile tile = locate(index - (before + through - tiles), p.heads_q, tiles / p.heads_q);
         tile.sequence = first + owner;
-        walk_ = {first, before};  // the same from every lane
+        note({first, before});
         return tile;
       }
       before += __shfl_sync(~0u, through, kWarp - 1);
     }
     return kNoTile;
+  }
+
+  __device__ __forceinline__ void note(PackedWalk walk) {
+    __syncwarp();  // every lane has read the walk so far
+    if (threadIdx.x % kWarp == 0) walk_ = walk;
+    __syncwarp();
   }
 
   // Tile `index` of `heads` heads with `tiles_q` query tiles each: sections of heads one after the
