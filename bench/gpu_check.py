@@ -40,7 +40,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 NAMES = (*OURS, "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 FP8_NAMES = ("v3", "fa3")
 STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat",
-           "breadth")  # fmt: skip
+           "breadth", "host")  # fmt: skip
 
 
 def main() -> int:

@@ -69,6 +69,46 @@ int backward(const Problem& problem, const ViewTuple& q, const ViewTuple& k, con
   return int(version::backward(p));
 }
 
+// A plain dense call of settled shapes and strides: addresses and a stream are all it still needs.
+template <class Params, cudaError_t (*kRun)(const Params&), View Params::*... kViews>
+class Dense {
+ public:
+  template <View Params::*>
+  using Each = Pointer;
+  template <View Params::*>
+  using Like = ViewTuple;
+
+  Dense(const Problem& problem, const StatsTuple& lse, const Like<kViews>&... views) {
+    static_cast<Problem&>(p_) = problem;
+    p_.lse = stats(lse);
+    ((p_.*kViews = view(views)), ...);
+  }
+
+  int operator()(Pointer workspace, Pointer stream, Pointer lse, Each<kViews>... data) const {
+    Params p = p_;
+    p.workspace = reinterpret_cast<void*>(workspace);
+    p.stream = reinterpret_cast<cudaStream_t>(stream);
+    p.lse.data = reinterpret_cast<float*>(lse);
+    (((p.*kViews).data = reinterpret_cast<void*>(data)), ...);
+    return int(kRun(p));
+  }
+
+  static void bind(py::module_& m, const char* name) {
+    py::class_<Dense>(m, name, py::module_local())
+        .def(py::init<const Problem&, const StatsTuple&, const Like<kViews>&...>())
+        .def("__call__", &Dense::operator(), py::call_guard<py::gil_scoped_release>());
+  }
+
+ private:
+  Params p_;
+};
+
+using F = ForwardParams;
+using B = BackwardParams;
+using DenseForward = Dense<F, &version::forward, &F::q, &F::k, &F::v, &F::o>;
+using DenseBackward =
+    Dense<B, &version::backward, &B::q, &B::k, &B::v, &B::o, &B::dout, &B::dq, &B::dk, &B::dv>;
+
 py::dict plan(int direction, const Problem& problem) {
   const Plan plan = version::plan(Direction(direction), problem);
   py::dict d;
@@ -107,6 +147,8 @@ void bind_problem(py::module_& m) {
 PYBIND11_MODULE(FLASH_MODULE, m) {
   using namespace flash;
   bind_problem(m);
+  DenseForward::bind(m, "DenseForward");
+  DenseBackward::bind(m, "DenseBackward");
   m.def("forward", &forward, py::call_guard<py::gil_scoped_release>());
   m.def("backward", &backward, py::call_guard<py::gil_scoped_release>());
   m.def("instances", &version::instances, "(direction, dtype, head_dim, head_dim_v) per kernel");

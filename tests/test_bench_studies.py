@@ -19,7 +19,7 @@ TINY = tuple(
     for name, causal in (("decoder", True), ("encoder", False))
 )
 SCRIPTS = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat",
-           "breadth")  # fmt: skip
+           "breadth", "host")  # fmt: skip
 
 
 def test_training_agrees_and_learns() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flash
-from flash import calls
+from flash import memory
 from flash.engines import torch_sdpa
 from flash.spec import Spec
 
@@ -59,18 +59,18 @@ def test_overhead(layout: str, lse: bool, record_property: Callable[[str, object
 
 
 def test_remembered_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_MAX_READY", 8)
-    calls._ready.clear()
+    monkeypatch.setattr(memory, "MAX_KEPT", 8)
+    memory.kept.clear()
     for rows in range(1, 40):
         q = torch.randn(1, rows, 2, 16)
         flash.attention(q, q, q)
-        assert len(calls._ready) <= 8
+        assert len(memory.kept) <= 8
 
 
 def test_memory_holds_no_tensor() -> None:
     q = torch.randn(1, 8, 2, 16)
     flash.attention(q, q, q)
     flat: list[Any] = []
-    for key, ready in calls._ready.items():
+    for key, ready in memory.kept.items():
         flat += [*key, *ready]
     assert not any(isinstance(x, torch.Tensor) for x in flat)

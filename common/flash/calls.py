@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flash import dispatch
+from flash import dispatch, memory
 from flash.capability import FP8
 from flash.checks import check_inputs, check_output
 from flash.checks_more import check_descale
+from flash.engines import prepared
 from flash.engines.layout import out_dtype
 from flash.execute import (
     ALIGNED,
@@ -26,7 +27,7 @@ from flash.execute import (
     run_forward,
     settle,
 )
-from flash.ops_autograd import calls, forward_backward
+from flash.ops_autograd import calls
 from flash.options import LAYOUTS, backend_name, check_precision, choice, flag, make_spec
 from flash.spec import Descale, Spec, Varlen
 
@@ -34,7 +35,6 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 any_autocast = torch._C._is_any_autocast_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
-_MAX_READY = 4096
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -49,9 +49,8 @@ class Ready(NamedTuple):
     scale: float | None  # as given
     descale: Descale | None = None
     varlen: Varlen | None = None
-
-
-_ready: dict[tuple[Any, ...], Ready] = {}
+    quick: prepared.Forward | None = None  # this call and its gradient from the caller's tensors
+    quick_back: prepared.Backward | None = None
 
 
 def eager() -> bool:
@@ -96,15 +95,14 @@ def run_dense(
     ready = prepare_dense(q, k, v, options, scales)
     if return_lse is not True and return_lse is not False:
         flag("return_lse", return_lse)
-    target = None if out is None else check_out(out, q, k, v, ready)
-    if not ready.swap:
-        found, lse = launch(ready, q, k, v, target)
-    else:
+    if out is None:
+        found = deliver(ready, q, k, v)
+        return found if return_lse else found[0]
+    target = check_out(out, q, k, v, ready)
+    if ready.swap:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        found, lse = launch(ready, q, k, v, target)
-        found = found.transpose(1, 2)
-    found = found if out is None else out
-    return (found, lse) if return_lse else found
+    lse = launch(ready, q, k, v, target)[1]
+    return (out, lse) if return_lse else out
 
 
 def prepare_dense(
@@ -113,41 +111,13 @@ def prepare_dense(
     """The checked call; plain calls are remembered by everything that their checks read."""
     direct = eager()
     plain = direct and scales[0] is scales[1] is scales[2] is None
-    key = memory_key(q, k, v, options) if plain else None
-    if key is not None and (found := remembered(key)) is not None:
+    key = memory.key_of(q, k, v, options) if plain else None
+    if key is not None and (found := memory.recall(key)) is not None:
         return found
     ready = check_dense(q, k, v, options, scales, direct)
     if key is not None and ready.job is not None:
-        remember(key, ready)
+        memory.keep(key, ready)
     return ready
-
-
-def memory_key(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Everything that the checks of a plain call read; None if these are no tensors."""
-    try:
-        return (
-            q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
-            v.dtype, q.device, k.device, v.device, type(q), type(k), type(v),
-            (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled(),
-            torch.are_deterministic_algorithms_enabled(),
-            q.is_cuda and (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-            options, *map(type, options), *map(type, options[1] or ()),
-        )  # fmt: skip
-    except (AttributeError, TypeError):
-        return None
-
-
-def remembered(key: tuple[Any, ...]) -> Ready | None:
-    try:
-        return _ready.get(key)
-    except TypeError:  # an option that has no hash: the checks will say what it must be
-        return None
-
-
-def remember(key: tuple[Any, ...], ready: Ready) -> None:
-    if len(_ready) >= _MAX_READY:
-        _ready.clear()
-    _ready[key] = ready
 
 
 def check_dense(
@@ -180,7 +150,11 @@ def finish_checks(q: Tensor, k: Tensor, v: Tensor, parts: tuple[Any, ...], direc
         job = settle(q, k, v, spec, name, varlen=varlen is not None, fp8=fp8, gradient=gradient)
     if not (direct and plain) or q.device.type == "meta":
         job = None
-    return Ready(spec, name, swap, fp8, job, factor, descale, varlen)
+    ready = Ready(spec, name, swap, fp8, job, factor, descale, varlen)
+    if job is None or fp8 or descale is not None or varlen is not None:
+        return ready
+    quick, quick_back = prepared.both(job.decision, q, k, v, spec, swap)
+    return ready._replace(quick=quick, quick_back=quick_back)
 
 
 def check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, ready: Ready) -> Tensor:
@@ -195,6 +169,22 @@ def check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, ready: Ready) -> Ten
         shape = (shape[0], shape[2], shape[1], shape[3])
     check_output("out", out, shape, q, out_dtype(q), (q, k, v))
     return out.transpose(1, 2) if ready.swap else out
+
+
+def deliver(ready: Ready, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a dense call in the caller's layout."""
+    job, quick = ready.job, ready.quick
+    if quick is not None and job is not None:
+        dispatch.record(job.decision)
+        if job.decision.backward is None:
+            return quick(q, k, v)
+        found: tuple[Tensor, Tensor] = _apply(q, k, v, ready)
+        return found
+    if not ready.swap:
+        return launch(ready, q, k, v, None)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out, lse = launch(ready, q, k, v, None)
+    return out.transpose(1, 2), lse
 
 
 def launch(
@@ -260,7 +250,10 @@ class Direct(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ready: Ready) -> Any:
         job, varlen = ready.job, ready.varlen
         assert job is not None
-        out, lse = run_forward(job, q, k, v, varlen=varlen)
+        if ready.quick is not None:
+            out, lse = ready.quick(q, k, v)
+        else:
+            out, lse = run_forward(job, q, k, v, varlen=varlen)
         lengths = (None, None, 0, 0) if varlen is None else varlen
         ctx.save_for_backward(q, k, v, out, lse, lengths[0], lengths[1])
         ctx.lengths = lengths[2:]
@@ -271,16 +264,32 @@ class Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
         ready: Ready = ctx.ready
-        watched = torch.is_grad_enabled() or not eager() or (dout is None and dlse is None)
-        if watched or ready.job is None or ready.job.decision.backward is None:
-            ctx.scores = arguments_of(ready, scales=False)[4:]
-            return (*forward_backward(ctx, dout, dlse)[:3], None)
+        if dout is None and dlse is None:
+            return None, None, None, None
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        elif dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        varlen = None if cu_q is None else Varlen(cu_q, cu_k, *ctx.lengths)
+        plain = not torch.is_grad_enabled() and eager()
+        if plain and ready.quick_back is not None and dout is not None and dlse is None:
+            found = ready.quick_back(dout, q, k, v, out, lse)
+            if found is not None:
+                return (*found, None)
+        dout = torch.zeros_like(out) if dout is None else dout
+        swap = ready.swap and ready.quick is not None  # else the views were made outside
+        if swap:
+            dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         saved = (dout, dlse, q, k, v, out, lse)
-        decision = ready.job.decision.backward
-        return (*run_backward(decision, ready.spec, saved, varlen=varlen), None)
+        decision = None if ready.job is None else ready.job.decision.backward
+        if not plain or decision is None:
+            lengths = (cu_q, cu_k, *ctx.lengths)
+            grads = calls.backward(*saved, *lengths, *arguments_of(ready, scales=False)[4:])
+        else:
+            varlen = None if cu_q is None else Varlen(cu_q, cu_k, *ctx.lengths)
+            grads = run_backward(decision, ready.spec, saved, varlen=varlen)
+        if swap:
+            grads = (x.transpose(1, 2) for x in grads)
+        return (*grads, None)
+
+
+# Function.apply asks first for function transforms, which `eager` has ruled out, and for tensors
+# that outlived one, which have no address.
+_apply = super(torch.autograd.Function, Direct).apply

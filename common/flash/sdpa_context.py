@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from flash.calls import any_autocast, launch, prepare_dense, under_autocast, wants_gradient
+from flash.calls import any_autocast, deliver, prepare_dense, under_autocast, wants_gradient
 from flash.capability import DTYPES
 from flash.dispatch import Decision, Request, record, resolve
 from flash.options import backend_name, flag
@@ -101,8 +101,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...]) -> Tensor | 
     if ready.job is not None and ready.job.decision.backend == "torch":
         record(ready.job.decision)
         return None
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return launch(ready, q, k, v, None)[0].transpose(1, 2)
+    return deliver(ready, q, k, v)[0]
 
 
 def _regular(q: Tensor, k: Tensor, v: Tensor) -> bool:

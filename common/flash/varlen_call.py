@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flash import calls
+from flash import calls, memory
 from flash.calls import Ready
 from flash.checks import check_inputs
 from flash.checks_more import check_descale, check_varlen, validates
@@ -32,10 +32,10 @@ def _prepare(
 ) -> Ready:  # fmt: skip
     """The checked call. What is remembered holds no tensor: the lengths of this call are put in."""
     direct = calls.eager()
-    key = calls.memory_key(q, k, v, options) if direct and scales == (None, None, None) else None
+    key = memory.key_of(q, k, v, options) if direct and scales == (None, None, None) else None
     if key is not None and (known := _lengths_key(lengths)) is not None:
         key = (*key, *known)
-        found = calls.remembered(key)
+        found = memory.recall(key)
         if found is not None:
             cu_q, cu_k, max_q, max_k = lengths
             if not (cu_q.is_cuda and max_q is not None and max_k is not None) or validates(cu_q):
@@ -45,7 +45,7 @@ def _prepare(
         key = None
     ready = _check(q, k, v, lengths, options, scales, direct)
     if key is not None and ready.job is not None:
-        calls.remember(key, ready._replace(varlen=None))
+        memory.keep(key, ready._replace(varlen=None))
     return ready
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ FORWARD, BACKWARD = 0, 1
 _NO_STATS = (0, 0, 0)
 _NO_DESCALE = (0, 0, 0, 0, 0)
 _MAX_PLANS = 4096
+# The stream of this thread on a device, as a number; only builds with CUDA have it.
+stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
 class Module(NamedTuple):
@@ -71,14 +74,14 @@ def engine(version: str) -> Kernels:
     return Kernels(version, loaded.module)
 
 
-def _view(t: Tensor) -> tuple[int, int, int, int]:
+def view(t: Tensor) -> tuple[int, int, int, int]:
     s = t.stride()
     if len(s) == 4:
         return t.data_ptr(), s[0], s[1], s[2]
     return t.data_ptr(), 0, s[0], s[1]
 
 
-def _stats(t: Tensor | None) -> tuple[int, int, int]:
+def stats(t: Tensor | None) -> tuple[int, int, int]:
     if t is None:
         return _NO_STATS
     s = t.stride()
@@ -146,7 +149,7 @@ class Kernels:
         p.top_left, p.deterministic = spec.top_left, spec.deterministic
         return p
 
-    def _check(self, status: int, direction: str, device: torch.device) -> None:
+    def check(self, status: int, direction: str, device: torch.device) -> None:
         if status:
             text = self.module.error_string(status)
             raise LaunchError(
@@ -179,13 +182,13 @@ class Kernels:
         with torch.cuda.device(device):
             workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
             status = self.module.forward(
-                problem, _view(q), _view(k), _view(v), _view(result.out), _stats(result.lse),
+                problem, view(q), view(k), view(v), view(result.out), stats(result.lse),
                 *_cu(varlen), _descale(scales.q, scales.block_q),
                 _descale(scales.k, scales.block_kv), _descale(scales.v, scales.block_kv),
                 0 if workspace is None else workspace.data_ptr(),
-                torch.cuda.current_stream(device).cuda_stream,
+                stream(device.index),
             )  # fmt: skip
-        self._check(status, "forward", device)
+        self.check(status, "forward", device)
         return result
 
     def backward(
@@ -215,11 +218,11 @@ class Kernels:
         with torch.cuda.device(device):
             workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
             status = self.module.backward(
-                problem, _view(q), _view(k), _view(v), _view(out), _view(dout),
-                _view(grads.dq), _view(grads.dk), _view(grads.dv), _stats(row_lse),
-                _stats(row_dlse), *_cu(varlen),
+                problem, view(q), view(k), view(v), view(out), view(dout),
+                view(grads.dq), view(grads.dk), view(grads.dv), stats(row_lse),
+                stats(row_dlse), *_cu(varlen),
                 0 if workspace is None else workspace.data_ptr(),
-                torch.cuda.current_stream(device).cuda_stream,
+                stream(device.index),
             )  # fmt: skip
-        self._check(status, "backward", device)
+        self.check(status, "backward", device)
         return grads
