@@ -129,15 +129,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Results:
     return found
 
 
+def on(place: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {n: x.to(place) if isinstance(x, Tensor) else x for n, x in options.items()}
+
+
 def prepare(kernel: Kernel, shape: Shape, device: str = "cuda", judge: str = "cpu") -> Call:
     """The call, its inputs on `device`, the exact results of `judge`; a backward pass starts from
     the exact forward pass."""
     inputs, options = drawn(kernel, shape)
-    known, moved = (
-        {n: x.to(place) if isinstance(x, Tensor) else x for n, x in options.items()}
-        for place in (judge, device)
-    )
-    known["backend"], moved["backend"] = "reference", kernel.version
+    known = {**on(judge, options), "backend": "reference"}
+    moved = {**on(device, options), "backend": kernel.version}
     q, k, v, dout = (x.to(judge).double() for x in inputs)
     out, lse = forward(q, k, v, **known)
     q_, k_, v_, dout_ = (x.to(device) for x in inputs)

@@ -32,7 +32,7 @@ def sanitized(folder: Path) -> str:
         lines.append((f"`{version}`", way, len(found["kernels"]), *cells, found["digest"],
                       found["date"][:10]))  # fmt: skip
     columns = ("version", "direction", "kernels", *tools, "sources", "date")
-    return markdown(columns, lines) if lines else ""
+    return markdown(columns, lines) + note(folder) if lines else ""
 
 
 def verdict(row: Row) -> str:
@@ -40,6 +40,19 @@ def verdict(row: Row) -> str:
         return str(row["why"])
     errors, warnings = row["errors"], row["warnings"]
     return f"{errors} errors, {warnings} warnings" if errors or warnings else "clean"
+
+
+def note(folder: Path) -> str:
+    """What racecheck was given in the place of a kernel, and why."""
+    content = record.read(folder / "sanitizer.json")
+    copies = [row for row in content.get("sanitizer", []) if row.get("without")]
+    if not copies:
+        return ""
+    where = ", ".join(f"{r['version']} {r['direction']}" for r in copies)
+    found = ", ".join(f"{name}: {n}" for name, n in content["probe"].items())
+    return (f"\n\nIn {where} racecheck saw copies without {copies[0]['without']} "
+            "(`bench/every_lane.py`): it does not follow that idiom, of which its reports on "
+            f"`bench/race_probe.cu` are: {found}.")  # fmt: skip
 
 
 def repeated(folder: Path) -> str:

@@ -20,11 +20,18 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
-from bench import digest, kernel_calls, record, script
+from bench import digest, kernel_calls, record, script, variants
+from bench.every_lane import EVERY_LANE
+from bench.limits.__main__ import compiler
 from flash.study.competitors import OURS
 
+SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+PROBE = digest.ROOT / "bench" / "race_probe.cu"
+EVERY_LANE_SEES = ("v3", "backward", "racecheck")
+DIMS = "64;96;128;192;256"
 TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")
 OPTIONS = {"memcheck": ("--padding", "256"), "racecheck": ("--racecheck-report", "analysis")}
 DIRECTIONS = ("forward", "backward")
@@ -52,22 +59,26 @@ def work(version: str, direction: str, only: str) -> None:
 
 def inspect(name: str, direction: str, tool: str, args: argparse.Namespace) -> Row:
     """One part: the row that is recorded."""
-    version, begin = OURS[name], time.monotonic()
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    command = [sanitizer, "--tool", tool, *OPTIONS.get(tool, ()), "--kernel-name", "kns=flash",
+    version, path = OURS[name], os.environ.get("PYTHONPATH", "")
+    about: Row = {}
+    if (name, direction, tool) == EVERY_LANE_SEES:
+        place = variants.build(EVERY_LANE, args.place, DIMS, "fp16;bf16", direction)
+        path, about = f"{place}{os.pathsep}{path}", {"without": EVERY_LANE.without}
+    begin = time.monotonic()
+    command = [SANITIZER, "--tool", tool, *OPTIONS.get(tool, ()), "--kernel-name", "kns=flash",
                "--show-backtrace", "device", "--print-limit", "1000", sys.executable, "-m",
                "bench.sanitize", "--work", version, direction, args.only]  # fmt: skip
-    status, text = output_of(command, args.seconds)
-    about = {"version": version, "direction": direction, "tool": tool,
+    status, text = output_of(command, args.seconds, path)
+    about |= {"version": version, "direction": direction, "tool": tool,
              "digest": digest.digest(version), "date": record.now(),
              "seconds": round(time.monotonic() - begin, 1)}  # fmt: skip
     return {**about, **verdict(text, status)}
 
 
-def output_of(command: list[str], seconds: float) -> tuple[int, str]:
+def output_of(command: list[str], seconds: float, path: str) -> tuple[int, str]:
     """Status, -1 where time ran out, and everything it said; nothing of it stays behind."""
     environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY", "OMP_NUM_THREADS": "2",
-                   "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # fmt: skip
+                   "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}  # fmt: skip
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=digest.ROOT, env=environment, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
@@ -79,6 +90,18 @@ def output_of(command: list[str], seconds: float) -> tuple[int, str]:
             process.wait()
         output.seek(0)
         return status, output.read()
+
+
+def probe(place: Path) -> dict[str, int]:
+    """How often racecheck reports each idiom of race_probe.cu, of which only the last is a race."""
+    program = place / "race_probe"
+    subprocess.run([compiler(), "-arch=native", "-o", str(program), str(PROBE)], check=True)
+    command = [SANITIZER, "--tool", "racecheck", "--racecheck-report", "analysis", str(program)]
+    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = Counter(re.findall(r"Race reported between.*?probe::(\w+)\(", text))
+    return {
+        idiom: found[idiom] for idiom in re.findall(r"__global__ void (\w+)", PROBE.read_text())
+    }
 
 
 def verdict(text: str, status: int) -> Row:
@@ -116,6 +139,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kernels whose name holds this, as 'bf16:64'")
     parser.add_argument("--workers", type=int, default=8, help="processes at a time")
     parser.add_argument("--seconds", type=float, default=300, help="for one process")
+    parser.add_argument("--place", type=Path, help="where builds of their own are, or go")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -123,10 +147,17 @@ def main() -> int:
         return 0
     if script.lacks_gpu("sanitize"):
         return 2
+    with tempfile.TemporaryDirectory() as scratch:
+        args.place = (args.place or Path(scratch)).resolve()
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
     asked = (args.tool or TOOLS, args.version or OURS, args.direction or DIRECTIONS)
     parts = [(name, direction, tool) for tool, name, direction in itertools.product(*asked)]
     path = script.path_of(args.out, "sanitizer")
-    rows = record.read(path).get("sanitizer", [])
+    rows, idioms = record.read(path).get("sanitizer", []), probe(args.place)
+    print("racecheck's reports of", idioms, flush=True)
     with ThreadPoolExecutor(args.workers) as pool:
         for done in as_completed([pool.submit(inspect, *part, args) for part in parts]):
             row = done.result()
@@ -134,7 +165,7 @@ def main() -> int:
             counts = " ".join(f"{k} {row[k]}" for k in ("errors", "warnings", "why") if k in row)
             print(f"{row['version']} {row['direction']} {row['tool']}: {len(row['kernels'])} "
                   f"kernels, {counts}, {row['seconds']} s", flush=True)  # fmt: skip
-            script.leave(args.out, "sanitizer", {"sanitizer": rows}, "sanitize")
+            script.leave(args.out, "sanitizer", {"probe": idioms, "sanitizer": rows}, "sanitize")
     return int(any("why" in row or row.get("errors") for row in rows))
 
 

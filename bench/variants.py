@@ -60,15 +60,16 @@ def copy(variant: Variant, target: Path) -> None:
         path.write_text(edited(path.read_text(), old, new))
 
 
-def build(variant: Variant, place: Path, dims: str) -> Path:
-    """The variant's forward kernels in bf16, installed into a folder of their own."""
+def build(variant: Variant, place: Path, dims: str, dtypes: str = "bf16",
+          directions: str = "forward") -> Path:  # fmt: skip
+    """Some of the variant's kernels, installed into a folder of their own."""
     installed = place / variant.name / "installed"
     if installed.is_dir():
         return installed
     copy(variant, place / variant.name / "source")
     environment = {
-        **os.environ, "FLASH_VERSIONS": variant.folder, "FLASH_DTYPES": "bf16",
-        "FLASH_HEAD_DIMS": dims, "FLASH_DIRECTIONS": "forward", "FLASH_UNPROVEN": "1",
+        **os.environ, "FLASH_VERSIONS": variant.folder, "FLASH_DTYPES": dtypes,
+        "FLASH_HEAD_DIMS": dims, "FLASH_DIRECTIONS": directions, "FLASH_UNPROVEN": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation",
                "--no-deps", "--no-index", "--target", str(installed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from test_evidence import FILES, WITH_KERNELS, listed
 
 from bench import digest, kernel_calls, proof_tables, record, repeat, sanitize
+from bench.every_lane import EVERY_LANE
 from bench.kernel_calls import Kernel
 
 MEMCHECK = """kernel {"kernel": [0, 3, 64, 64], "error": 0.05}
@@ -62,6 +64,25 @@ def test_every_kernel_repeats_its_bits(version: str) -> None:
     for kernel in listed(version):
         wanted = repeat.OTHERS if kernel[0] else repeat.FORWARD.get(version, repeat.OTHERS)
         assert runs[kernel] >= wanted, f"{kernel}: run `python -m bench.repeat`"
+
+
+@recorded
+def test_racecheck_does_not_follow_one_lane_that_arrives_for_its_warp() -> None:
+    """Why it is given copies of v3's backward kernels in which every lane arrives for itself."""
+    for path in FILES:
+        if path.name == "sanitizer.json":
+            probe = record.read(path)["probe"]
+            assert probe["every_lane_arrives"] == 0
+            assert probe["one_lane_arrives"] > 0
+            assert probe["nobody_meets"] > 0
+
+
+def test_one_lane_arrives_behind_a_meeting() -> None:
+    """What those copies cannot show."""
+    lone = re.compile(r"\n(.*)\n +if \((?:leader|threadIdx\.x % 32 == 0)\) \w+\.arrive\(\);")
+    for file in {file for file, *_ in EVERY_LANE.edits}:
+        for before in lone.findall((digest.ROOT / file).read_text()):
+            assert before.strip() == "__syncwarp();", file
 
 
 def test_recorded_calls_were_right() -> None:

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 
 from bench import ablations, variants
 from bench.digest import ROOT
+from bench.every_lane import EVERY_LANE
 from bench.trace import __main__ as trace
 from bench.variants import Variant
 from flash import cli_app
 from flash.study import files, timeline
 
-EVERY = [*ablations.VARIANTS, trace.TRACED]
+EVERY = [*ablations.VARIANTS, trace.TRACED, EVERY_LANE]
 MARKS = "0 100 1\n0 150 2\n0 200 0\n1 4294967290 1\n1 120 4\n1 180 5\n1 300 0\n"
 
 

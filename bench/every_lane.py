@@ -1,0 +1,30 @@
+"""v3's backward kernels as racecheck can follow them: every lane of a warp arrives at a barrier.
+
+In the kernels one lane arrives for its warp, behind a __syncwarp. By the PTX memory model that
+orders whatever all lanes have read and written before; racecheck does not follow it, which
+race_probe.cu shows on a kernel of nothing else. So racecheck sees copies of these kernels in which
+each lane arrives for itself; the meetings, and everything else, are the same.
+"""
+
+from __future__ import annotations
+
+from bench.variants import Variant
+
+_BACKWARD, _KEYS = "v3_hopper/backward.cuh", "v3_hopper/backward_keys.cuh"
+_QUERIES, _LOAD = "v3_hopper/backward_queries.cuh", "v3_hopper/load_backward.cuh"
+_ONE, _EVERY = "if (threadIdx.x % 32 == 0) barrier.arrive();", "barrier.arrive();"
+_WARPS, _LANES = "kWarps = Traits::kConsumers * 4;", "kWarps = Traits::kConsumers * 128;"
+EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
+    (_BACKWARD, _ONE, _EVERY),
+    (_QUERIES, _ONE, _EVERY),
+    (_BACKWARD, _WARPS, _LANES),
+    (_QUERIES, _WARPS, _LANES),
+    (_BACKWARD, "dq_full[i].init(4);", "dq_full[i].init(128);"),
+    (_KEYS, "_full[i].init(4);", "_full[i].init(128);"),
+    (_KEYS, "_free[i].init(4);", "_free[i].init(128);"),
+    *((file, f"_full{index}.init(1);", f"_full{index}.init(32);")
+      for file in (_BACKWARD, _QUERIES) for index in ("", "[i]")),
+    (_LOAD, "    if (clean) return;\n",
+     "    if (clean) {\n      if (!leader) full.arrive();\n      return;\n    }\n"),
+    (_LOAD, "    if (leader) full.arrive();\n", "    full.arrive();\n"),
+))  # fmt: skip
