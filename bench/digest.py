@@ -24,8 +24,10 @@ def significant(source: str) -> str:
 
 
 def sources(version: str, root: Path = ROOT) -> list[Path]:
-    """Every file of this repository that the version's kernels include, in a fixed order."""
-    todo = [root / version / "launch.cuh", *(root / name for name in SHARED)]
+    """Every file of this repository that the version's kernels include, in a fixed order; a module
+    of its own (v3's quantizer) belongs to them."""
+    own = [path for kind in ("*.cu", "*.cpp") for path in (root / version).glob(kind)]
+    todo = [root / version / "launch.cuh", *own, *(root / name for name in SHARED)]
     found: set[Path] = set()
     while todo:
         path = todo.pop()

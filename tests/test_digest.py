@@ -35,6 +35,8 @@ def repository(tmp_path: Path) -> Path:
         "common/unused.cuh": "int unused;\n",
         "v2_parallel/launch.cuh": LAUNCH,
         "v2_parallel/forward.cuh": "int forward(const char*);  /* the algorithm */\n",
+        "v2_parallel/extra.cu": '#include "v2_parallel/extra.h"\nint extra;\n',
+        "v2_parallel/extra.h": "int within;\n",
         "v3_hopper/README.md": "nothing yet\n",
     }
     for name, text in files.items():
@@ -73,6 +75,8 @@ def test_what_does_not_count(repository: Path, name: str, old: str, new: str) ->
         ("v2_parallel/launch.cuh", "return forward", "return -forward"),
         ("v2_parallel/forward.cuh", "const char*", "char*"),
         ("common/mask.cuh", "1", "2"),
+        ("v2_parallel/extra.cu", "int extra", "int other"),  # a module of its own
+        ("v2_parallel/extra.h", "within", "inside"),
         ("common/backend.cpp", "backend", "other"),
         ("common/binding.cpp", "binding", "other"),
     ],
@@ -104,3 +108,5 @@ def test_sources_of_this_repository(version: str) -> None:
     assert {"common/backend.cpp", "common/params.h", "common/dispatch.h"} <= names
     others = [name for name in digest.VERSIONS if name != version]
     assert not any(name.startswith(tuple(others)) for name in names)
+    if version == "v3_hopper":
+        assert {"v3_hopper/fp8_quantize.cu", "v3_hopper/fp8_rotate.cuh"} <= names

@@ -1,60 +1,23 @@
 // Rows are rotated in registers, their largest magnitude becomes the scale, and the same registers
 // are rounded: each element is read once and written once.
+#include <cuda_fp8.h>
+
 #include <cfloat>
 
 #include "common/launch.cuh"
-#include "v3_hopper/fp8_quantize.h"
+#include "v3_hopper/fp8_quantize_schedule.cuh"
 #include "v3_hopper/fp8_rotate.cuh"
 
 namespace flash::v3::fp8 {
 namespace {
 
-constexpr int kLinesPerThread = 2;
-constexpr int kLines = 128;  // of a tile; a line is one row of one head
 constexpr float kMaxE4M3 = 448.0f;
 
 template <int kDim>
-constexpr int kThreads = kLines / kLinesPerThread * kLanes<kDim>;
+constexpr int kThreads = kLines / kWarpLines<kDim> * kWarp;
 template <int kDim>
 constexpr int kCtas = 512 / kThreads<kDim>;  // on one multiprocessor, by their registers
-
-// What a launch does: everything, only the largest magnitudes, or only the rounding.
-enum class Pass { kAll, kAmax, kRound };
-
-// The lines that share one scale: rows [first_row, first_row + rows) of a K/V head's query heads.
-struct Unit {
-  int batch, head_kv, block, first_row, lines, group;
-  int64_t source, stored;  // elements to the first row of the sequence, and its number
-
-  __device__ __forceinline__ Unit(const QuantizeParams& p, int index) {
-    const int blocks = (p.rows + p.block_rows - 1) / p.block_rows;
-    head_kv = index % p.heads_kv;
-    block = index / p.heads_kv % blocks;
-    batch = index / p.heads_kv / blocks;
-    group = p.heads / p.heads_kv;
-    first_row = block * p.block_rows;
-    const bool packed = p.cu_seqlens != nullptr;
-    stored = packed ? p.cu_seqlens[batch] : int64_t(batch) * p.rows;
-    source = packed ? stored * p.source.row : batch * p.source.batch;
-    const int rows = packed ? p.cu_seqlens[batch + 1] - int(stored) : p.rows;
-    lines = max(min(p.block_rows, rows - first_row), 0) * group;
-  }
-  __device__ __forceinline__ int tiles() const { return max((lines + kLines - 1) / kLines, 1); }
-};
-
-// One tile of one unit. A unit of several tiles is walked twice: for its scale, then to be rounded.
-struct Step {
-  int unit, tile;
-  bool again;
-
-  template <Pass kPass>
-  __device__ __forceinline__ void advance(int tiles) {
-    if (++tile < tiles) return;
-    tile = 0;
-    again = kPass == Pass::kAll && tiles > 1 && !again;
-    if (!again) unit += gridDim.x;
-  }
-};
+constexpr int kCopies = kHalves * kUnits;    // of 16 bytes each, by every thread for a tile
 
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
@@ -62,118 +25,134 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                "l"(global), "r"(inside ? 16 : 0));
 }
 
+// What one warp does with its lines of a tile.
 template <class T, int kDim>
 struct Quantizer {
-  const QuantizeParams& p;
-  const int lane = threadIdx.x % kLanes<kDim>;
+  static constexpr int kWide = kDim / kUnit;  // units of a line
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
-  // The line that this thread works on, or one behind the last.
-  __device__ __forceinline__ int line(int tile, int i) const {
-    return tile * kLines + i * (kLines / kLinesPerThread) + int(threadIdx.x) / kLanes<kDim>;
+  // Neighbouring lines' units swap places, that no two that are read together share banks.
+  static __device__ __forceinline__ int place(int line, int unit) {
+    return line * kWide + (unit ^ (line & 1));
   }
 
-  // Starts copying what this thread will need of a tile to its own places in shared memory.
-  __device__ __forceinline__ void fetch(uint4* slots, const Unit& unit, int tile) const {
+  // The first of a warp's lines in a tile, from the first row of its unit.
+  __device__ __forceinline__ int first_line(const Step& step) const {
+    return step.chunk * kLines + warp * kWarpLines<kDim>;
+  }
+
+  // Starts copying a warp's lines to its own places in shared memory, whole lines at once.
+  __device__ __forceinline__ void fetch(uint4* slots, const Part& part, const Unit& unit,
+                                        const Step& step) const {
+    constexpr int kTogether = kWarp / kWide;  // lines
+    const View& source = part.tensor.source;
+    const int line = lane / kWide, column = lane % kWide, at = first_line(step) + line;
+    const int64_t head = unit.head_kv * part.group + step.head;
+    const T* from = static_cast<const T*>(source.data) + unit.source + at * source.row +
+                    head * source.head + column * kUnit;
 #pragma unroll
-    for (int i = 0; i < kLinesPerThread; ++i) {
-      const int at = line(tile, i);
-      const bool inside = at < unit.lines;
-      const int row = inside ? unit.first_row + at / unit.group : 0;
-      const int head = unit.head_kv * unit.group + at % unit.group;
-      const auto* source = reinterpret_cast<const uint4*>(
-          static_cast<const T*>(p.source.data) + (inside ? unit.source : 0) + row * p.source.row +
-          head * p.source.head);
-#pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        copy_async(slots + (i * kUnits + k) * kThreads<kDim> + threadIdx.x,
-                   source + k * kLanes<kDim> + lane, inside);
-      }
+    for (int i = 0; i < kCopies; ++i) {
+      const int to = place(line + i * kTogether, column);
+      copy_async(slots + to, from, at + i * kTogether < unit.rows);
+      from += kTogether * source.row;
     }
   }
 
-  __device__ __forceinline__ void take(Line (&x)[kLinesPerThread], const uint4* slots,
-                                       const uint4* signs) const {
+  __device__ __forceinline__ void take(Share& x, const uint4* slots, const uint4* signs,
+                                       const Hadamard16<T>& hadamard, bool turn) const {
+    uint4 packed[kHalves][kUnits];
 #pragma unroll
-    for (int i = 0; i < kLinesPerThread; ++i) {
+    for (int i = 0; i < kCopies; ++i) {
+      const Spot<kDim> spot(i / kUnits, i % kUnits);
+      packed[i / kUnits][i % kUnits] = slots[place(spot.line, spot.unit)];
+    }
+    if (turn) {
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        uint4 packed = slots[(i * kUnits + k) * kThreads<kDim> + threadIdx.x];
-        if (p.rotate) {
-          const uint4 turned = signs[k * kLanes<kDim> + lane];
-          packed = {packed.x ^ turned.x, packed.y ^ turned.y, packed.z ^ turned.z,
-                    packed.w ^ turned.w};
-        }
-        unpack<T>(x[i][k], packed);
+      for (int i = 0; i < kCopies; ++i) {
+        const uint4 turned = signs[Spot<kDim>(i / kUnits, i % kUnits).unit];
+        uint4& own = packed[i / kUnits][i % kUnits];
+        own = {own.x ^ turned.x, own.y ^ turned.y, own.z ^ turned.z, own.w ^ turned.w};
       }
-      if (p.rotate) rotate<kDim>(x[i], lane);
+      rotate<kDim>(x, packed, hadamard);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        unpack<T>(x[i / kUnits][i % kUnits], packed[i / kUnits][i % kUnits]);
+      }
     }
   }
 
   // Largest magnitude; with `finite`, of what is not Inf. NaN never counts.
-  __device__ __forceinline__ float largest(const Line (&x)[kLinesPerThread], bool finite) const {
-    float found = 0.0f;
+  __device__ __forceinline__ float largest(const Share& x, bool finite) const {
+    float found[2] = {};
 #pragma unroll
-    for (int i = 0; i < kLinesPerThread; ++i) {
-#pragma unroll
-      for (int e = 0; e < kUnits * kUnit; ++e) {
-        const float magnitude = fabsf(x[i][e / kUnit][e % kUnit]);
-        found = fmaxf(found, finite && magnitude == INFINITY ? 0.0f : magnitude);
-      }
+    for (int i = 0; i < kCopies * kUnit; ++i) {
+      const float magnitude = fabsf(x[i / kUnit / kUnits][i / kUnit % kUnits][i % kUnit]);
+      found[i % 2] = fmaxf(found[i % 2], finite && magnitude == INFINITY ? 0.0f : magnitude);
     }
-    return found;
+    return fmaxf(found[0], found[1]);
   }
 
-  __device__ __forceinline__ void store(const Line (&x)[kLinesPerThread], const Unit& unit,
-                                        int tile, float inverse, bool infinite) const {
+  static __device__ __forceinline__ uint32_t round_four(const float* x, float inverse,
+                                                        bool infinite) {
+    uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < kLinesPerThread; ++i) {
-      const int at = line(tile, i);
-      if (at >= unit.lines) break;
-      const int64_t row = unit.stored + unit.first_row + at / unit.group;
-      const int head = unit.head_kv * unit.group + at % unit.group;
-      auto* stored = static_cast<uint2*>(p.stored) + (row * p.heads + head) * (kDim / kUnit);
-#pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        uint32_t words[2] = {};
-#pragma unroll
-        for (int e = 0; e < kUnit; e += 2) {
-          float2 pair = {x[i][k][e] * inverse, x[i][k][e + 1] * inverse};
-          if (infinite) {
-            if (isinf(x[i][k][e])) pair.x = NAN;
-            if (isinf(x[i][k][e + 1])) pair.y = NAN;
-          }
-          const uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
-          words[e / 4] |= two << e % 4 * 8;
-        }
-        __stcs(stored + k * kLanes<kDim> + lane, uint2{words[0], words[1]});
+    for (int e = 0; e < 4; e += 2) {
+      float2 pair = {x[e] * inverse, x[e + 1] * inverse};
+      if (infinite) {
+        if (isinf(x[e])) pair.x = NAN;
+        if (isinf(x[e + 1])) pair.y = NAN;
       }
+      const uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+      word |= two << e * 8;
+    }
+    return word;
+  }
+
+  __device__ __forceinline__ void store(const Share& x, const Part& part, const Unit& unit,
+                                        const Step& step, float inverse, bool infinite) const {
+    const int head = unit.head_kv * part.group + step.head;
+#pragma unroll
+    for (int i = 0; i < kCopies; i += 2) {
+      const Spot<kDim> spot(i / kUnits, i % kUnits);
+      const int at = first_line(step) + spot.line;
+      if (at >= unit.rows) continue;
+      const int64_t line = (unit.stored + at) * part.tensor.heads + head;
+      const float *first = x[i / kUnits][i % kUnits], *second = x[i / kUnits][i % kUnits + 1];
+      const uint4 packed = {
+          round_four(first, inverse, infinite), round_four(first + 4, inverse, infinite),
+          round_four(second, inverse, infinite), round_four(second + 4, inverse, infinite)};
+      __stcs(static_cast<uint4*>(part.tensor.stored) + (line * kWide + spot.unit) / 2, packed);
     }
   }
 };
 
-// The largest value of all threads; `scratch` has one place for each warp.
-__device__ __forceinline__ float reduce_max(float x, float* scratch) {
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  __syncthreads();  // an earlier result has been read
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+// The largest of all threads' values, which are not negative and so ordered like their bits.
+// `scratch` has one place for each warp, and a neighbour in time has another scratch.
+__device__ __forceinline__ float reduce_max(float x, unsigned* scratch) {
+  const unsigned found = __reduce_max_sync(~0u, __float_as_uint(x));
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = found;
   __syncthreads();
-  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-  x = lane < warps ? scratch[lane] : 0.0f;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
+  const unsigned warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  return __uint_as_float(__reduce_max_sync(~0u, lane < warps ? scratch[lane] : 0));
 }
 
-// A unit's scale, written once; returns its inverse.
-__device__ __forceinline__ float settle_scale(const QuantizeParams& p, const Unit& unit,
+// x H has this factor to be an orthogonal turn.
+template <int kDim>
+constexpr float kNorm = kDim == 64    ? 0.125f
+                        : kDim == 256 ? 0.0625f
+                                      : 0.08838834764831845f;
+
+// A unit's scale, written once; returns what its elements, not yet normalized, are multiplied by.
+template <int kDim>
+__device__ __forceinline__ float settle_scale(const Part& part, const Unit& unit, bool per_block,
                                               float amax) {
   const float descale = amax > 0.0f ? fmaxf(amax / kMaxE4M3, FLT_MIN) : 1.0f;
-  const bool per_block = p.granularity == Granularity::kBlock;
-  const int blocks = per_block ? (p.rows + p.block_rows - 1) / p.block_rows : 1;
+  const int blocks = per_block ? int(part.blocks.divisor) : 1;
   if (threadIdx.x == 0 && (per_block || unit.block == 0)) {
     const int64_t block = int64_t(unit.batch) * blocks + (per_block ? unit.block : 0);
-    p.descale[block * p.heads_kv + unit.head_kv] = descale;
+    const float norm = part.tensor.rotate && amax > 0.0f ? kNorm<kDim> : 1.0f;
+    part.tensor.descale[block * part.tensor.heads_kv + unit.head_kv] = descale * norm;
   }
   return 1.0f / descale;
 }
@@ -181,68 +160,96 @@ __device__ __forceinline__ float settle_scale(const QuantizeParams& p, const Uni
 // While a tile is worked on, the next one is on its way.
 template <class T, int kDim, Pass kPass>
 __global__ void __launch_bounds__(kThreads<kDim>, kCtas<kDim>)
-    quantize_kernel(const QuantizeParams p, int units) {
+    quantize_kernel(const __grid_constant__ Parts parts, bool per_tensor) {
   extern __shared__ uint4 memory[];
-  __shared__ float scratch[kThreads<kDim> / kWarp];
+  constexpr int kWarps = kThreads<kDim> / kWarp;
+  __shared__ unsigned scratch[2][kWarps];
   __shared__ uint4 signs[kDim / kUnit];
   if (threadIdx.x < kDim / 2) {
     reinterpret_cast<uint32_t*>(signs)[threadIdx.x] = kSigns.turned[threadIdx.x];
   }
   __syncthreads();
-  constexpr int kSlots = kLinesPerThread * kUnits * kThreads<kDim>;
-  const Quantizer<T, kDim> quantizer{p};
-  Step step = {int(blockIdx.x), 0, false};
-  float found = 0.0f, inverse = 0.0f;
-  if (step.unit < units) quantizer.fetch(memory, Unit(p, step.unit), 0);
+  constexpr int kShare = kCopies * kWarp, kSlots = kWarps * kShare;
+  const Quantizer<T, kDim> quantizer;
+  const Hadamard16<T> hadamard;
+  uint4* const own = memory + quantizer.warp * kShare;
+  Step step = {0, int(blockIdx.x), 0, 0, false};
+  step.settle(parts);
+  if (!step.valid()) return;
+  Unit unit(parts.part[step.part], step.index);
+  quantizer.fetch(own, parts.part[step.part], unit, step);
   asm volatile("cp.async.commit_group;");
-  for (int slot = 0; step.unit < units; slot ^= 1) {
-    const Unit unit(p, step.unit);
-    const int tiles = unit.tiles();
+  float found = 0.0f, inverse = 0.0f;
+  int reduced = 0;
+  for (int slot = 0; step.valid(); slot ^= 1) {
+    const Part& part = parts.part[step.part];
     Step next = step;
-    next.template advance<kPass>(tiles);
-    if (next.unit < units) {
-      quantizer.fetch(memory + (slot ^ 1) * kSlots, Unit(p, next.unit), next.tile);
+    next.template advance<kPass>(parts);
+    Unit coming = unit;
+    if (next.valid()) {
+      const Part& its = parts.part[next.part];
+      if (step.last(part)) coming = Unit(its, next.index);
+      quantizer.fetch(own + (slot ^ 1) * kSlots, its, coming, next);
     }
     asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group 1;" ::: "memory");
-    Line x[kLinesPerThread];
-    quantizer.take(x, memory + slot * kSlots, signs);
+    __syncwarp();  // the other lanes' copies have landed as well
+    Share x;
+    quantizer.take(x, own + slot * kSlots, signs, hadamard, part.tensor.rotate);
+    __syncwarp();  // the slot may be filled again
     const float highest = quantizer.largest(x, false);
     const bool infinite = highest == INFINITY;
-    const int64_t cell =
-        p.granularity == Granularity::kTensor ? 0 : int64_t(unit.batch) * p.heads_kv + unit.head_kv;
+    const int64_t cell = per_tensor ? 0 : int64_t(unit.batch) * part.tensor.heads_kv + unit.head_kv;
     if (kPass != Pass::kRound && !step.again) {
       found = fmaxf(found, infinite ? quantizer.largest(x, true) : highest);
-      if (step.tile + 1 == tiles) {
-        const float amax = reduce_max(found, scratch);
+      if (step.last(part)) {
+        const float amax = reduce_max(found, scratch[reduced++ % 2]);
         found = 0.0f;
-        if constexpr (kPass == Pass::kAll) inverse = settle_scale(p, unit, amax);
-        if (kPass == Pass::kAmax && threadIdx.x == 0) {  // ordered like their bits
-          atomicMax(reinterpret_cast<int*>(p.amax) + cell, __float_as_int(amax));
+        if constexpr (kPass == Pass::kAll) inverse = settle_scale<kDim>(part, unit, true, amax);
+        if (kPass == Pass::kAmax && threadIdx.x == 0) {
+          atomicMax(reinterpret_cast<int*>(part.tensor.amax) + cell, __float_as_int(amax));
         }
       }
     }
-    if (kPass == Pass::kRound) inverse = settle_scale(p, unit, p.amax[cell]);
-    if (kPass == Pass::kRound || (kPass == Pass::kAll && (tiles == 1 || step.again))) {
-      quantizer.store(x, unit, step.tile, inverse, infinite);
+    if (kPass == Pass::kRound) {
+      inverse = settle_scale<kDim>(part, unit, false, part.tensor.amax[cell]);
+    }
+    const bool alone = part.group * part.chunks == 1;
+    if (kPass == Pass::kRound || (kPass == Pass::kAll && (alone || step.again))) {
+      quantizer.store(x, part, unit, step, inverse, infinite);
     }
     step = next;
+    unit = coming;
   }
 }
 
 template <class T, int kDim, Pass kPass>
 cudaError_t launch_pass(const QuantizeParams& p) {
-  const int64_t blocks = (p.rows + p.block_rows - 1) / p.block_rows;
-  const int64_t units = p.batch * blocks * p.heads_kv;
-  if (units > INT32_MAX / 2) return cudaErrorInvalidValue;
+  Parts parts;
+  int64_t units = 0;
+  for (int i = 0; i < p.count; ++i) {
+    const QuantizeTensor& t = p.tensors[i];
+    if (t.batch == 0 || t.rows == 0) continue;
+    const int blocks = (t.rows + t.block_rows - 1) / t.block_rows;
+    units += int64_t(t.batch) * blocks * t.heads_kv;
+    if (units > INT32_MAX / 2) return cudaErrorInvalidValue;
+    Part& part = parts.part[i];
+    part.tensor = t;
+    part.heads_kv.prepare(t.heads_kv);
+    part.blocks.prepare(blocks);
+    part.group = t.heads / t.heads_kv;
+    part.chunks = (t.block_rows + kLines - 1) / kLines;
+    part.units = t.batch * blocks * t.heads_kv;
+  }
+  if (units == 0) return cudaSuccess;
   int device = 0, sms = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   const int resident = sms * kCtas<kDim>;
   const dim3 grid(units < resident ? unsigned(units) : unsigned(resident));
-  constexpr int kBytes = 2 * kLinesPerThread * kUnits * kThreads<kDim> * 16;
-  return launch(quantize_kernel<T, kDim, kPass>, grid, kThreads<kDim>, kBytes, p.stream, p,
-                int(units));
+  constexpr int kBytes = 2 * kLines * kDim * 2;  // two tiles of 16 bits
+  return launch(quantize_kernel<T, kDim, kPass>, grid, kThreads<kDim>, kBytes, p.stream, parts,
+                p.granularity == Granularity::kTensor);
 }
 
 template <class T, int kDim>
@@ -263,7 +270,6 @@ cudaError_t launch_dim(const QuantizeParams& p) {
 }  // namespace
 
 cudaError_t quantize(const QuantizeParams& p) {
-  if (p.batch == 0 || p.rows == 0) return cudaSuccess;
   if (p.dtype == DType::kBFloat16) return launch_dim<bf16>(p);
   if (p.dtype == DType::kFloat16) return launch_dim<fp16>(p);
   return cudaErrorInvalidValue;

@@ -4,6 +4,7 @@
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "v3_hopper/fp8_quantize.h"
 
@@ -14,23 +15,32 @@ namespace {
 
 using Pointer = uintptr_t;
 using ViewTuple = std::tuple<Pointer, int64_t, int64_t, int64_t>;  // data, batch, row, head
-using Sizes = std::tuple<int, int, int, int, int>;                 // batch, rows, heads, kv, dim
+using Sizes = std::tuple<int, int, int, int, int>;  // batch, rows, heads, kv heads, block
+using Places = std::tuple<Pointer, Pointer, Pointer, Pointer>;  // stored, descale, amax, lengths
+using TensorTuple = std::tuple<ViewTuple, Sizes, bool, Places>;
 
-int quantize_tensor(int dtype, const ViewTuple& source, const Sizes& sizes, int block_rows,
-                    int granularity, bool rotate, Pointer stored, Pointer descale, Pointer amax,
-                    Pointer cu_seqlens, Pointer stream) {
-  QuantizeParams p;
-  p.dtype = DType(dtype);
-  p.source = {reinterpret_cast<void*>(std::get<0>(source)), std::get<1>(source),
+QuantizeTensor tensor_of(const TensorTuple& given) {
+  const auto& [source, sizes, rotate, places] = given;
+  QuantizeTensor t;
+  t.source = {reinterpret_cast<void*>(std::get<0>(source)), std::get<1>(source),
               std::get<2>(source), std::get<3>(source)};
-  std::tie(p.batch, p.rows, p.heads, p.heads_kv, p.dim) = sizes;
-  p.block_rows = block_rows;
+  std::tie(t.batch, t.rows, t.heads, t.heads_kv, t.block_rows) = sizes;
+  t.rotate = rotate;
+  t.stored = reinterpret_cast<void*>(std::get<0>(places));
+  t.descale = reinterpret_cast<float*>(std::get<1>(places));
+  t.amax = reinterpret_cast<float*>(std::get<2>(places));
+  t.cu_seqlens = reinterpret_cast<const int*>(std::get<3>(places));
+  return t;
+}
+
+int quantize_tensors(int dtype, int dim, int granularity, const std::vector<TensorTuple>& tensors,
+                     Pointer stream) {
+  QuantizeParams p;
+  if (tensors.size() > QuantizeParams::kMost) return int(cudaErrorInvalidValue);
+  p.dtype = DType(dtype);
+  p.dim = dim;
   p.granularity = Granularity(granularity);
-  p.rotate = rotate;
-  p.stored = reinterpret_cast<void*>(stored);
-  p.descale = reinterpret_cast<float*>(descale);
-  p.amax = reinterpret_cast<float*>(amax);
-  p.cu_seqlens = reinterpret_cast<const int*>(cu_seqlens);
+  for (const TensorTuple& given : tensors) p.tensors[p.count++] = tensor_of(given);
   p.stream = reinterpret_cast<cudaStream_t>(stream);
   return int(quantize(p));
 }
@@ -39,7 +49,7 @@ int quantize_tensor(int dtype, const ViewTuple& source, const Sizes& sizes, int 
 }  // namespace flash::v3::fp8
 
 PYBIND11_MODULE(FLASH_MODULE, m) {
-  m.def("quantize", &flash::v3::fp8::quantize_tensor, py::call_guard<py::gil_scoped_release>());
+  m.def("quantize", &flash::v3::fp8::quantize_tensors, py::call_guard<py::gil_scoped_release>());
   m.def("error_string",
         [](int code) { return std::string(cudaGetErrorString(cudaError_t(code))); });
 }

@@ -1,14 +1,30 @@
-// Random signs and the Hadamard matrix over a line of 64, 128 or 256 elements in registers.
+// Random signs and the Hadamard matrix over a line of 64, 128 or 256 elements: sixteen elements at
+// a time on the tensor cores, the rest in registers.
 #pragma once
 
 #include "common/dispatch.h"
+#include "common/ptx.cuh"
 
 namespace flash::v3::fp8 {
 
-constexpr int kWarp = 32;
-constexpr int kUnits = 4, kUnit = 8;  // a thread holds 4 times 8 neighbouring elements of a line
+// A warp's share of a tile is 16 rows of an MMA, each of 4 units of 8 neighbouring elements for
+// each of a quad's threads. A thread has 2 of the rows.
+constexpr int kWarp = 32, kHalves = 2, kUnits = 4, kUnit = 8;
 template <int kDim>
-constexpr int kLanes = kDim / (kUnits * kUnit);  // threads that share a line
+constexpr int kWarpLines = kWarp * kHalves * kUnits * kUnit / kDim;
+using Share = float[kHalves][kUnits][kUnit];
+
+// Where in a warp's share a thread's unit lies: pairs of units are neighbours in a line.
+template <int kDim>
+struct Spot {
+  int line, unit;
+
+  __device__ __forceinline__ Spot(int half, int k) {
+    const int lane = threadIdx.x % kWarp;
+    line = lane / 4 + (kDim < 256 ? half * 8 : 0) + (kDim == 64 ? k / 2 * 16 : 0);
+    unit = lane % 4 * 2 + k % 2 + (kDim > 64 ? k / 2 * 8 : 0) + (kDim == 256 ? half * 16 : 0);
+  }
+};
 
 // The random signs of 256 dimensions, the same on every machine: of pairs of 16-bit elements, the
 // sign bits that are turned.
@@ -27,8 +43,6 @@ constexpr Signs random_signs() {
 }
 __constant__ Signs kSigns = random_signs();
 
-using Line = float[kUnits][kUnit];
-
 template <class T>
 __device__ __forceinline__ void unpack(float (&x)[kUnit], const uint4& packed) {
   const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -45,6 +59,24 @@ __device__ __forceinline__ void unpack(float (&x)[kUnit], const uint4& packed) {
   }
 }
 
+// The Hadamard matrix of 16 as the second operand: an index is a thread of a quad and one of four
+// neighbouring elements, as these lie in a row of the first operand and of the result.
+template <class T>
+struct Hadamard16 {
+  uint32_t b[2][2];  // columns 0 to 7 and 8 to 15; rows 0 to 7 and 8 to 15
+
+  __device__ __forceinline__ Hadamard16() {
+    constexpr uint32_t kOnes = kDType<T> == DType::kBFloat16 ? 0x3f803f80u : 0x3c003c00u;
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane % 4 * 4 + i % 2 * 2, column = lane / 8 * 4 + lane / 4 % 2 + i / 2 * 2;
+      const uint32_t first = __popc(row & column) & 1, second = __popc((row + 1) & column) & 1;
+      b[i / 2][i % 2] = kOnes ^ (first << 15 | second << 31);
+    }
+  }
+};
+
 // One step of the transform: (a, b) -> (a + b, a - b).
 __device__ __forceinline__ void butterfly(float& a, float& b) {
   const float sum = a + b, difference = a - b;
@@ -52,37 +84,48 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
   b = difference;
 }
 
-// x H / sqrt(dim), the signs already turned; steps 1, 2, 4, ... in this order, which fixes every
-// rounding.
-template <int kDim>
-__device__ __forceinline__ void rotate(Line& x, int lane) {
+// x H: bits 0, 1, 4 and 5 of the index at once, then bits 2, 3, 6 and 7, each in fp32.
+template <int kDim, class T>
+__device__ __forceinline__ void rotate(Share& x, const uint4 (&packed)[kHalves][kUnits],
+                                       const Hadamard16<T>& hadamard) {
 #pragma unroll
-  for (int unit = 0; unit < kUnits; ++unit) {
+  for (int k = 0; k < kUnits; ++k) {
+    const uint4 &top = packed[0][k], &bottom = packed[1][k];
+    const uint32_t a[2][4] = {{top.x, bottom.x, top.y, bottom.y},
+                              {top.z, bottom.z, top.w, bottom.w}};
 #pragma unroll
-    for (int step = 1; step < kUnit; step *= 2) {
+    for (int part = 0; part < 4; ++part) {
+      float d[4] = {};
+      const uint32_t (&b)[2] = hadamard.b[part % 2];
+      mma_m16n8k16<T>(d, a[part / 2], b[0], b[1]);
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) {
-        if ((i & step) == 0) butterfly(x[unit][i], x[unit][i + step]);
+      for (int i = 0; i < 4; ++i) x[i / 2][k][part * 2 + i % 2] = d[i];
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+#pragma unroll
+      for (int k = 0; k < kUnits; ++k) {
+        if (i < 4) butterfly(x[half][k][i], x[half][k][i + 4]);
       }
     }
 #pragma unroll
-    for (int step = 1; step < kLanes<kDim>; step *= 2) {
-      const float own = lane & step ? -1.0f : 1.0f;
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) {
-        x[unit][i] = fmaf(x[unit][i], own, __shfl_xor_sync(~0u, x[unit][i], step));
+    for (int i = 0; i < kUnit; ++i) {
+      butterfly(x[half][0][i], x[half][1][i]);
+      butterfly(x[half][2][i], x[half][3][i]);
+      if constexpr (kDim > 64) {
+        butterfly(x[half][0][i], x[half][2][i]);
+        butterfly(x[half][1][i], x[half][3][i]);
       }
     }
   }
-  constexpr float kNorm = kDim == 64 ? 0.125f : kDim == 256 ? 0.0625f : 0.08838834764831845f;
+  if constexpr (kDim == 256) {
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
-    butterfly(x[0][i], x[1][i]);
-    butterfly(x[2][i], x[3][i]);
-    butterfly(x[0][i], x[2][i]);
-    butterfly(x[1][i], x[3][i]);
-#pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) x[unit][i] *= kNorm;
+    for (int i = 0; i < kUnits * kUnit; ++i) {
+      butterfly(x[0][i / kUnit][i % kUnit], x[1][i / kUnit][i % kUnit]);
+    }
   }
 }
 

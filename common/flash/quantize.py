@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash.engines import quantizer
+from flash.engines.quantizer import Task
 from flash.spec import Varlen
 
 E4M3 = torch.float8_e4m3fn
@@ -43,16 +44,9 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
     if min(block_q, block_kv) < 1:
         raise ValueError(f"block_q={block_q}, block_kv={block_kv}; both must be positive")
     heads_kv = k.shape[2]
-    sizes = ((q, block_q, hadamard), (k, block_kv, hadamard), (v, block_kv, False))
-    parts = []
-    for x, block, rotate in sizes:
-        if quantizer.serves(x):
-            parts.append(quantizer.quantize(x, granularity, block, heads_kv, rotate))
-        else:
-            turned = incoherent(x) if rotate else x
-            parts.append(quantize(turned, granularity, block, heads_kv))
-    (q8, q_descale), (k8, k_descale), (v8, v_descale) = parts
-    return QuantizedQKV(q8, k8, v8, q_descale, k_descale, v_descale)
+    tasks = [Task(q, block_q, heads_kv, hadamard), Task(k, block_kv, heads_kv, hadamard),
+             Task(v, block_kv, heads_kv, False)]  # fmt: skip
+    return _joined(tasks, granularity)
 
 
 def quantize_packed(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen,
@@ -61,30 +55,43 @@ def quantize_packed(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen,
 
     Where no kernel serves, the sequences are cut apart, which on a GPU waits for their lengths.
     """
-    sides = ((q, varlen.cu_seqlens_q, varlen.max_seqlen_q, hadamard),
-             (k, varlen.cu_seqlens_k, varlen.max_seqlen_k, hadamard),
-             (v, varlen.cu_seqlens_k, varlen.max_seqlen_k, False))  # fmt: skip
-    parts = []
-    for x, cu_seqlens, longest, rotate in sides:
-        if quantizer.serves(x):
-            packed = (cu_seqlens, longest)
-            parts.append(quantizer.quantize(x, "block", block, k.shape[1], rotate, packed))
-        else:
-            ends = cu_seqlens.tolist()
-            turned = incoherent(x) if rotate else x
-            parts.append(_by_sequence(turned, ends, longest, block, k.shape[1]))
+    ends_q = (varlen.cu_seqlens_q, varlen.max_seqlen_q)
+    ends_k = (varlen.cu_seqlens_k, varlen.max_seqlen_k)
+    heads_kv = k.shape[1]
+    tasks = [Task(q, block, heads_kv, hadamard, ends_q), Task(k, block, heads_kv, hadamard, ends_k),
+             Task(v, block, heads_kv, False, ends_k)]  # fmt: skip
+    return _joined(tasks, "block")
+
+
+def _joined(tasks: list[Task], granularity: str) -> QuantizedQKV:
+    """By the kernel in one launch, or each that it does not serve in plain PyTorch."""
+    served = [task for task in tasks if quantizer.serves(task.x)]
+    by_kernel = iter(quantizer.quantize(served, granularity) if served else ())
+    parts = [
+        next(by_kernel) if any(task is one for one in served) else _plainly(task, granularity)
+        for task in tasks
+    ]
     (q8, q_descale), (k8, k_descale), (v8, v_descale) = parts
     return QuantizedQKV(q8, k8, v8, q_descale, k_descale, v_descale)
 
 
-def _by_sequence(x: Tensor, ends: list[int], longest: int, block: int,
-                 heads_kv: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _plainly(task: Task, granularity: str) -> tuple[Tensor, Tensor]:
+    turned = signed_sums(task.x) if task.rotate else task.x
+    norm = task.x.shape[-1] ** -0.5 if task.rotate else 1.0
+    if task.packed is None:
+        return quantize(turned, granularity, task.block, task.heads_kv, norm)
+    cu_seqlens, longest = task.packed
+    return _by_sequence(turned, cu_seqlens.tolist(), longest, task.block, task.heads_kv, norm)
+
+
+def _by_sequence(x: Tensor, ends: list[int], longest: int, block: int, heads_kv: int,
+                 norm: float) -> tuple[Tensor, Tensor]:  # fmt: skip
     blocks = max(1, -(-longest // block))
     stored = torch.zeros(x.shape, dtype=E4M3, device=x.device)
     scale = torch.ones(len(ends) - 1, blocks, heads_kv, device=x.device)
     for i, (begin, end) in enumerate(itertools.pairwise(ends)):
         if end > begin:
-            part, found = quantize(x[None, begin:end], "block", block, heads_kv)
+            part, found = quantize(x[None, begin:end], "block", block, heads_kv, norm)
             stored[begin:end] = part[0]
             scale[i, : found.shape[1]] = found[0]
     return stored, scale
@@ -92,17 +99,23 @@ def _by_sequence(x: Tensor, ends: list[int], longest: int, block: int,
 
 def incoherent(x: Tensor) -> Tensor:
     """x diag(signs) H / sqrt(dim) over the last dim, with H the Hadamard matrix of that size."""
+    return signed_sums(x) * (1.0 / math.sqrt(x.shape[-1]))
+
+
+def signed_sums(x: Tensor) -> Tensor:
+    """The same without its norm, which scales can take. In the kernel's order: its tensor cores add
+    the 16 elements that differ in bits 0, 1, 4 and 5 of their index first."""
     dim = x.shape[-1]
     if dim & (dim - 1) or not dim:
         raise ValueError(f"head_dim={dim}; the Hadamard transform needs a power of two")
     x = x.float() * random_signs(dim).to(x.device)
-    step = 1
-    while step < dim:
-        pairs = x.unflatten(-1, (dim // (2 * step), 2, step))
-        first, second = pairs.unbind(-2)
-        x = torch.stack((first + second, first - second), -2).flatten(-3)
-        step *= 2
-    return x * (1.0 / math.sqrt(dim))
+    steps = (1, 2, 16, 32, 4, 8, *(1 << bit for bit in range(6, dim.bit_length())))
+    for step in steps:
+        if step < dim:
+            pairs = x.unflatten(-1, (dim // (2 * step), 2, step))
+            first, second = pairs.unbind(-2)
+            x = torch.stack((first + second, first - second), -2).flatten(-3)
+    return x
 
 
 @lru_cache(maxsize=16)
@@ -117,8 +130,9 @@ def random_signs(dim: int) -> Tensor:
     return torch.tensor(signs)
 
 
-def quantize(x: Tensor, granularity: str, block: int, heads_kv: int) -> tuple[Tensor, Tensor]:
-    """(e4m3 values, (batch, blocks, heads_kv) scales) of one (batch, rows, heads, dim) tensor."""
+def quantize(x: Tensor, granularity: str, block: int, heads_kv: int,
+             norm: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(e4m3 values, (batch, blocks, heads_kv) scales) of x * norm, x (batch, rows, heads, dim)."""
     batch, rows, heads, dim = x.shape
     if granularity != "block":
         block = max(1, rows)
@@ -126,20 +140,20 @@ def quantize(x: Tensor, granularity: str, block: int, heads_kv: int) -> tuple[Te
     x = x.float()
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, blocks * block - rows))
     tiles = padded.reshape(batch, blocks, block, heads_kv, heads // max(1, heads_kv), dim)
-    scale = descale_of(tiles.abs(), granularity == "tensor")  # (batch, blocks, heads_kv)
+    amax = amax_of(tiles.abs(), granularity == "tensor")  # (batch, blocks, heads_kv)
+    tiny = torch.finfo(torch.float32).tiny
+    scale = torch.where(amax > 0, (amax / E4M3_MAX).clamp_min(tiny), torch.ones_like(amax))
     stored = tiles * scale.reciprocal()[:, :, None, :, None, None]
     stored = stored.clamp(-E4M3_MAX, E4M3_MAX)
     stored = stored.masked_fill(tiles.isinf(), math.nan)  # e4m3 has no infinity
+    scale = torch.where(amax > 0, scale * norm, scale)
     return stored.reshape(padded.shape)[:, :rows].contiguous().to(E4M3), scale
 
 
-def descale_of(magnitude: Tensor, whole_tensor: bool) -> Tensor:
-    """amax / 448 of each tile; 1 for a tile of zeros. NaN and Inf do not spoil their neighbours."""
+def amax_of(magnitude: Tensor, whole_tensor: bool) -> Tensor:
+    """The largest of each tile; NaN and Inf do not spoil their neighbours."""
     magnitude = magnitude.masked_fill(~magnitude.isfinite(), 0.0)
     if magnitude.numel() == 0:
-        return magnitude.new_ones(magnitude.shape[0], magnitude.shape[1], magnitude.shape[3])
+        return magnitude.new_zeros(magnitude.shape[0], magnitude.shape[1], magnitude.shape[3])
     amax = magnitude.amax((2, 4, 5))
-    if whole_tensor:
-        amax = amax.amax().expand(amax.shape).contiguous()
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.where(amax > 0, (amax / E4M3_MAX).clamp_min(tiny), torch.ones_like(amax))
+    return amax.amax().expand(amax.shape).contiguous() if whole_tensor else amax

@@ -1,10 +1,11 @@
-"""The fused quantizer on CUDA tensors: one kernel for each of Q, K and V."""
+"""The fused quantizer on CUDA tensors: one kernel for Q, K and V together."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,35 +51,61 @@ def _serves(x: Tensor) -> bool:
     return module() is not None and runs_on(x.device.index)
 
 
-def quantize(
-    x: Tensor, granularity: str, block: int, heads_kv: int, rotate: bool,
-    packed: tuple[Tensor, int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(e4m3 values, scales) as `flash.quantize.quantize` gives them.
+class Task(NamedTuple):
+    """A tensor (batch, rows, heads, dim), and what is to become of it."""
 
-    `packed` is (cu_seqlens, longest sequence) of a tensor (total, heads, dim), per block.
+    x: Tensor
+    block: int  # rows that share a scale
+    heads_kv: int
+    rotate: bool
+    packed: tuple[Tensor, int] | None = None  # (cu_seqlens, longest) of (total, heads, dim)
+
+
+def quantize(tasks: Sequence[Task], granularity: str) -> list[tuple[Tensor, Tensor]]:
+    """(e4m3 values, scales) of each, as `flash.quantize.quantize` gives them.
+
+    One launch for all if they have one dtype and head dim, which a launch is for.
     """
-    heads, dim = x.shape[-2:]
-    if packed is None:
-        batch, rows, strides, ends = x.shape[0], x.shape[1], x.stride()[:3], 0
-    else:
-        batch, rows, strides = packed[0].shape[0] - 1, packed[1], (0, *x.stride()[:2])
-        ends = packed[0].data_ptr()
-    blocks = max(1, -(-rows // block)) if granularity == "block" else 1
-    device = x.device
+    kinds = {(task.x.dtype, task.x.shape[-1]) for task in tasks}
+    if len(kinds) > 1:
+        return [found for task in tasks for found in quantize([task], granularity)]
+    (dtype, dim), device = kinds.pop(), tasks[0].x.device
     with torch.cuda.device(device):
-        stored = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=device)
-        scale = torch.empty((batch, blocks, heads_kv), dtype=torch.float32, device=device)
-        amax = None
-        if granularity != "block":
-            amax = torch.zeros(batch * heads_kv, dtype=torch.float32, device=device)
+        found = [_outputs(task, granularity) for task in tasks]
         status = module().quantize(
-            DTYPES[x.dtype], (x.data_ptr(), *strides), (batch, rows, heads, heads_kv, dim), block,
-            GRANULARITIES[granularity], rotate, stored.data_ptr(), scale.data_ptr(),
-            0 if amax is None else amax.data_ptr(), ends,
+            DTYPES[dtype], dim, GRANULARITIES[granularity],
+            [_described(task, *places) for task, places in zip(tasks, found, strict=True)],
             torch.cuda.current_stream(device).cuda_stream,
         )  # fmt: skip
     if status:
         text = f"quantize_fp8 on {device}: CUDA error {status} ({module().error_string(status)})"
         raise LaunchError(text, argument="backend", given="v3_hopper")
-    return stored, scale
+    return [(stored, scale) for stored, scale, _ in found]
+
+
+def _sizes(task: Task) -> tuple[int, int]:
+    """Sequences, and rows of the longest."""
+    if task.packed is None:
+        return task.x.shape[0], task.x.shape[1]
+    return task.packed[0].shape[0] - 1, task.packed[1]
+
+
+def _outputs(task: Task, granularity: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    batch, rows = _sizes(task)
+    blocks = max(1, -(-rows // task.block)) if granularity == "block" else 1
+    device, heads_kv = task.x.device, task.heads_kv
+    stored = torch.empty(task.x.shape, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty((batch, blocks, heads_kv), dtype=torch.float32, device=device)
+    if granularity == "block":
+        return stored, scale, None
+    return stored, scale, torch.zeros(batch * heads_kv, dtype=torch.float32, device=device)
+
+
+def _described(task: Task, stored: Tensor, scale: Tensor, amax: Tensor | None) -> tuple[Any, ...]:
+    """As the compiled module takes a tensor."""
+    x, packed = task.x, task.packed
+    strides = x.stride()[:3] if packed is None else (0, *x.stride()[:2])
+    sizes = (*_sizes(task), x.shape[-2], task.heads_kv, task.block)
+    places = (stored.data_ptr(), scale.data_ptr(), 0 if amax is None else amax.data_ptr(),
+              0 if packed is None else packed[0].data_ptr())  # fmt: skip
+    return (x.data_ptr(), *strides), sizes, task.rotate, places
