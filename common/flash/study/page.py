@@ -47,9 +47,9 @@ CAPTIONS = {
     "traffic": "Paler to darker: what the closed form counts, what the SMs asked of L2, what went "
                "to DRAM (ncu, cold L2); dotted: each tensor once. L2 answers repeated reads of Q, "
                "K and V and absorbs the additions to dQ, so v2 and v3 reach DRAM little more than "
-               "once a tensor; O, m and l of v1's forward pass do not stay there. The backward "
-               "kernels add to dQ without reading it, which v1's schedule counts as two trips; SMs "
-               "that read the same tile at a time share a trip.",
+               "once a tensor; O, m and l of v1's forward pass do not stay there. v1's backward "
+               "schedule reads O and dQ at every visit, its kernel neither; SMs that read the same "
+               "tile at a time share a trip.",
     "memory": "Standard attention keeps S and P; ours keep the LSE.",
     "joules": "Board power under seconds of load times time, over counted FLOPs. Less is better.",
     "losses": "Curves that lie on each other are drawn with falling widths.",
