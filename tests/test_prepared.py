@@ -99,7 +99,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(prepared, "engine", lambda version: engine)
     monkeypatch.setattr(prepared, "_device", lambda: None)
     monkeypatch.setattr(prepared, "stream", lambda index: 7)
-    monkeypatch.setattr(prepared, "_new", empty)
+    monkeypatch.setattr(prepared, "new", empty)
     monkeypatch.setattr(memory, "kept", {})
     return found
 

@@ -15,12 +15,14 @@ import torch
 from grid import DEVICE, Inputs
 from torch import Tensor
 
+from flash.engines import prepared
+
 GUARD = 1 << 13  # bytes on each side; a multiple of every alignment a kernel asks for
 POISON = 0xFF
 
 
 class Guards:
-    """Stands in for torch.empty and remembers what it gave out."""
+    """Stands in for what allocates results and remembers what it gave out."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, int]] = []
@@ -31,10 +33,17 @@ class Guards:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         if rest or dtype is None:
             return self.plain(shape, dtype=dtype, device=device, **rest)
-        nbytes = math.prod(shape) * dtype.itemsize
+        return self.memory(math.prod(shape), dtype, device).view(shape)
+
+    def strided(self, shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+        """Without gaps, in any order of the dims."""
+        return self.memory(math.prod(shape), dtype, DEVICE).as_strided(shape, strides)
+
+    def memory(self, count: int, dtype: torch.dtype, device: Any) -> Tensor:
+        nbytes = count * dtype.itemsize
         buffer = torch.full((nbytes + 2 * GUARD,), POISON, dtype=torch.uint8, device=device)
         self.buffers.append((buffer, nbytes))
-        return buffer[GUARD : GUARD + nbytes].view(dtype).view(shape)
+        return buffer[GUARD : GUARD + nbytes].view(dtype)
 
     def check(self) -> None:
         for number, (buffer, nbytes) in enumerate(self.buffers):
@@ -47,12 +56,13 @@ class Guards:
 
 @contextmanager
 def guarded(monkeypatch: Any) -> Iterator[Guards]:
-    """Within, torch.empty gives guarded memory; on leaving, the bands are checked."""
+    """Within, results lie in guarded memory; on leaving, the bands are checked."""
     guards = Guards()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", guards.empty)
+        patch.setattr(prepared, "new", guards.strided)
         yield guards
-    assert guards.buffers, "the call allocated nothing through torch.empty"
+    assert guards.buffers, "the call allocated nothing that could be guarded"
     guards.check()
 
 

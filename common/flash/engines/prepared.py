@@ -23,7 +23,7 @@ ALIGNED = 16
 
 # PyTorch's own short ways; only builds with CUDA have them, and only CUDA tensors come here.
 _device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
-_new: Callable[..., Tensor] = getattr(
+new: Callable[..., Tensor] = getattr(
     torch._C._dynamo.guards,
     "_empty_strided_cuda",
     lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device="cuda"),
@@ -48,10 +48,10 @@ def forward(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, spec: Spec, swap:
 
     Here they are (batch, rows, heads, dim); with `swap` the call takes and gives heads first.
     """
-    device, index, dtype = q.device, q.device.index, q.dtype
+    device, index = q.device, q.device.index
     problem, size = kernels.plan(FORWARD, q, k, v, spec)
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=dtype, device="meta")
-    lse = torch.empty(layout.lse_shape(q), device="meta")
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]), device="meta")
+    lse = q.new_empty(layout.lse_shape(q), dtype=torch.float32, device="meta")
     run = kernels.module.DenseForward(problem, stats(lse), view(q), view(k), view(v), view(out))
     out_like, lse_like = _like(out, swap), _like(lse, False)
 
@@ -59,8 +59,8 @@ def forward(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, spec: Spec, swap:
         if _device() != index:
             with torch.cuda.device(device):
                 return call(q, k, v)
-        out, lse = _new(*out_like), _new(*lse_like)
-        workspace = _new((size,), (1,), torch.uint8) if size else None
+        out, lse = new(*out_like), new(*lse_like)
+        workspace = new((size,), (1,), torch.uint8) if size else None
         status = run(
             0 if workspace is None else workspace.data_ptr(), stream(index), lse.data_ptr(),
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
@@ -79,7 +79,7 @@ def backward(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, spec: Spec, swap
     """
     device, index = q.device, q.device.index
     problem, size = kernels.plan(BACKWARD, q, k, v, spec)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (q, k, v)]
+    grads = [x.new_empty(x.shape, device="meta") for x in (q, k, v)]
     dq_like, dk_like, dv_like = (_like(x, swap) for x in grads)
     runs: dict[tuple[tuple[int, ...], ...], Callable[..., int] | None] = {}
 
@@ -111,8 +111,8 @@ def backward(kernels: Kernels, q: Tensor, k: Tensor, v: Tensor, spec: Spec, swap
         if _device() != index:
             with torch.cuda.device(device):
                 return call(dout, q, k, v, out, lse)
-        dq, dk, dv = _new(*dq_like), _new(*dk_like), _new(*dv_like)
-        workspace = _new((size,), (1,), torch.uint8) if size else None
+        dq, dk, dv = new(*dq_like), new(*dk_like), new(*dv_like)
+        workspace = new((size,), (1,), torch.uint8) if size else None
         status = run(
             0 if workspace is None else workspace.data_ptr(), stream(index), lse.data_ptr(),
             *places, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(),
