@@ -30,7 +30,9 @@ struct Feeder {
     return reinterpret_cast<Feeder&>(memory);
   }
 
-  __device__ __forceinline__ void enter() { entered += threadIdx.x == 0; }
+  __device__ __forceinline__ void enter() {
+    if (threadIdx.x == 0) ++entered;
+  }
 
   // Fills what has become free. A slot is waited for when it is due, while this warpgroup has a
   // product under way; others need nothing of it to give the slot back. Q has room for one tile

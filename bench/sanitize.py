@@ -62,7 +62,7 @@ def inspect(name: str, direction: str, tool: str, args: argparse.Namespace) -> R
     version, path = OURS[name], os.environ.get("PYTHONPATH", "")
     about: Row = {}
     if (name, direction, tool) == EVERY_LANE_SEES:
-        place = variants.build(EVERY_LANE, args.place, DIMS, "fp16;bf16", direction)
+        place = variants.build(EVERY_LANE, args.place, DIMS, "fp16;bf16", "forward;backward")
         path, about = f"{place}{os.pathsep}{path}", {"without": EVERY_LANE.without}
     begin = time.monotonic()
     command = [SANITIZER, "--tool", tool, *OPTIONS.get(tool, ()), "--kernel-name", "kns=flash",
@@ -116,6 +116,7 @@ def verdict(text: str, status: int) -> Row:
         row["errors"] = int(summary[1] or summary[2] or 0)
         row["warnings"] = int(summary[3] or 0)
     if row.get("errors") or row.get("warnings") or "why" in row:
+        row["said"] = [line for line in text.splitlines() if not line.startswith("=")][-SHOWN:]
         row["report"] = [f"{count} times: {kind}" for kind, count in kinds(text).most_common(SHOWN)]
     return row
 
