@@ -6,6 +6,7 @@ Parts can be asked for alone and in any order; a later part adds to the files of
   python -m bench.gpu_check --bench v2 --direction backward [--head-dim 128] [--again]
   python -m bench.gpu_check --sustained v3
   python -m bench.gpu_check --limits | --memory | --end-to-end | --dram | --ablations | --trace
+  python -m bench.gpu_check --fp8                    errors of FP8, the quantizer's bandwidth
   python -m bench.gpu_check --sanitize | --repeat    for parts: python -m bench.sanitize --help
 """
 
@@ -40,7 +41,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 NAMES = (*OURS, "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 FP8_NAMES = ("v3", "fa3")
 STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat",
-           "breadth", "host")  # fmt: skip
+           "breadth", "host", "fp8")  # fmt: skip
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots
-from flash.study import timeline
+from flash.study import accuracy, timeline
 from flash.study.facts import apart, picojoules, regular
 from flash.study.ratios import geomean, winners
 from flash.study.sources import Source
@@ -228,6 +228,27 @@ def quantization(source: Source) -> str:
     )
 
 
+def fp8_errors(source: Source) -> str:
+    """RMSE by who shares a scale, all lengths."""
+    return markdown(accuracy.COLUMNS, accuracy.lines(source.parts["accuracy"])) + (
+        "\n\nRMSE of O, and its share of O, against fp64 of the inputs in bf16 before they are "
+        "quantized, full mask. outliers: N(0,1) + N(0,100) x Bernoulli(0.001). turned: random "
+        "signs and a Hadamard matrix on Q and K. head: one scale per head, as FlashAttention-3's "
+        "kernel takes."
+    )
+
+
+def quantizer(source: Source) -> str:
+    rows = source.parts["quantizer"]
+    lines = []
+    for dim, dtype in dict.fromkeys((r["head_dim"], r["dtype"]) for r in rows):
+        own = {r["tensor"]: r["tb_per_s"] for r in rows
+               if (r["head_dim"], r["dtype"]) == (dim, dtype)}  # fmt: skip
+        cells = [f"{own[name]:.2f} ({own[name] / own['copy']:.0%})" for name in ("V", "Q, K")]
+        lines.append((dim, dtype, *cells, f"{own['copy']:.2f}"))
+    return markdown(("d", "dtype", "V TB/s", "Q, K TB/s", "copy"), lines)
+
+
 def roles(source: Source) -> str:
     """The timeline in words."""
     text = timeline.summary(source.parts["timeline"])
@@ -261,6 +282,8 @@ def sections(source: Source) -> list[tuple[str, str]]:
         ("steps", "A training step of four layers, `python -m bench.end_to_end`", training),
         ("ablations", "Without one idea, `python -m bench.ablations`", ablations),
         ("fp8", "FP8 without one idea, error against fp64", quantization),
+        ("accuracy", "FP8: error against fp64, `python -m bench.fp8`", fp8_errors),
+        ("quantizer", "FP8: reading and writing Q, K and V once, of copying", quantizer),
         ("timeline", "Roles of one CTA of v3's forward kernel, `python -m bench.trace`", roles),
         ("spread", "One sequence over several GPUs, `torchrun -m bench.context_parallel`", spread),
     )

@@ -19,6 +19,7 @@ from flash.study.sources import Source, collect
 
 ORDER = ("v1", "v2", "v3", "fp8", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 OVERVIEW_SEQLEN = 8192
+FP8_SEQLENS = (512, 1024, 8192, 32768, 131072)
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "e4m3"}
 Row = dict[str, Any]
 
@@ -176,6 +177,19 @@ def broad(results: Path) -> str:
     return "\n".join(parts).rstrip() or "Nothing has been recorded yet."
 
 
+def fp8(results: Path) -> str:
+    """For the README: errors at d = 128 by who shares a scale."""
+    parts = []
+    for folder in folders(results):
+        source = source_of(folder)
+        rows = source.parts.get("accuracy", []) if source else []
+        if source and rows:
+            few = [r for r in rows if r["head_dim"] == 128 and r["seqlen"] in FP8_SEQLENS]
+            table = study_tables.fp8_errors(Source(source.device, parts={"accuracy": few}))
+            parts += [f"On one {source.device}:", "", table, ""]
+    return "\n".join(parts).rstrip() or "Nothing has been measured yet."
+
+
 def speed_files(folder: Path) -> list[Path]:
     return [
         path for way in ("forward", "backward") for path in sorted(folder.glob(f"{way}_*.json"))
@@ -221,6 +235,7 @@ def filled(text: str, results: Path) -> str:
         "results": lambda: overview(results),
         "evolution": lambda: evolution(results),
         "timeline": lambda: traced(results),
+        "fp8": lambda: fp8(results),
         "breadth": lambda: broad(results),
     }
 

@@ -11,6 +11,7 @@ import torch
 
 from bench import dram, end_to_end, gpu_check, study_tables
 from bench.digest import ROOT
+from flash.study import accuracy
 from flash.study.facts import apart
 from flash.study.sources import Source
 
@@ -19,7 +20,7 @@ TINY = tuple(
     for name, causal in (("decoder", True), ("encoder", False))
 )
 SCRIPTS = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat",
-           "breadth", "host")  # fmt: skip
+           "breadth", "host", "fp8")  # fmt: skip
 
 
 def test_training_agrees_and_learns() -> None:
@@ -108,3 +109,29 @@ def test_the_table_against_the_official_kernels() -> None:
         "| `v3` | forward | FA3, cuDNN | – | 0.75 | – | 0.75 | 0.75 (d 128, full, 8192) |",
     ]
     assert study_tables.officials(Source("G")) == ""
+
+
+def test_fp8_errors_become_a_table() -> None:
+    rows = [row for found in accuracy.study(accuracy.INPUTS, [64], [150], "cpu", 256)
+            for row in found]  # fmt: skip
+    assert [row["way"] for row in rows] == [*accuracy.WAYS] * 2
+    for kind in accuracy.INPUTS:
+        own = {row["way"]: row["relative"] for row in rows if row["inputs"] == kind}
+        assert own[accuracy.BF16] < 0.01 < own[accuracy.TURNED] < 0.12
+        assert own[accuracy.TURNED] < 1.1 * own["tensor"]
+    assert {(row["heads"], row["rows"]) for row in rows} == {(1, 150)}
+    rates = [{"tensor": name, "head_dim": 64, "dtype": "bfloat16", "tb_per_s": rate}
+             for name, rate in (("V", 3.0), ("Q, K", 2.0), ("copy", 4.0))]  # fmt: skip
+    pages = dict(study_tables.sections(Source("x", parts={"accuracy": rows, "quantizer": rates})))
+    errors, speeds = pages.values()
+    assert errors.count("| outliers | 64 | 150 |") == errors.count("| normal | 64 | 150 |") == 1
+    assert "| 64 | bfloat16 | 3.00 (75%) | 2.00 (50%) | 4.00 |" in speeds
+
+
+@pytest.mark.parametrize("seqlen", [1, 512, 4096, 131072])
+def test_samples_fit(seqlen: int) -> None:
+    heads, rows = accuracy.sampled(seqlen)
+    assert heads >= 1
+    assert rows <= seqlen
+    assert heads * seqlen <= accuracy.MOST_TOKENS
+    assert heads * rows <= accuracy.SAMPLES

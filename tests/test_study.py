@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flash import cli_app
 from flash.flops import forward_flops
-from flash.study import cases, competitors, files, measure, modelled, ratios
+from flash.study import accuracy, cases, competitors, files, measure, modelled, ratios
 from flash.study.cases import Case
 from flash.study.timing import HostStopwatch, summary
 
@@ -162,6 +162,10 @@ def test_list_names_presets_and_backends() -> None:
         ["bench", "--shape", "0,64,2,64"],
         ["bench", "--shape", "1,64,3,64", "--heads-kv", "2"],
         ["bench", "--columns", "beauty"],
+        ["compare"],
+        ["compare", "pyproject.toml", "--fp8"],
+        ["compare", "--fp8", "--head-dim", "96"],
+        ["compare", "--fp8", "--seqlen", "0"],
         ["compare", "missing.json"],
         ["compare", "pyproject.toml", "pyproject.toml"],
         ["report", "missing"],
@@ -226,6 +230,15 @@ def test_regressions_come_first_and_fail_on_request(tmp_path: Path) -> None:
     assert call("compare", names[0], names[0], "--fail-on-regression").exit_code == 0
     assert call("compare", *names, "--markdown").stdout.startswith("**1 slower, 1 faster, 1 same")
     assert json.loads(call("compare", *names, "--json").stdout)["regressions"] == 1
+
+
+def test_fp8_errors_are_measured_on_request() -> None:
+    found = json.loads(
+        call("compare", "--fp8", "--head-dim", "64", "--seqlen", "90", "--json").stdout
+    )
+    assert {row["way"] for row in found["rows"]} == set(accuracy.WAYS)
+    assert all(0 < row["rmse"] < row["relative"] < 0.2 for row in found["rows"])
+    assert "Block, turned" in call("compare", "--fp8", "--head-dim", "64", "--seqlen", "9").stdout
 
 
 def test_rows_without_a_partner_are_counted() -> None:

@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from flash import cli_tables as tables
 from flash.cli_common import AsJson, Dtype, chosen_device, fail, numbers, progress, say, sides
+from flash.errors import FlashError
 from flash.study import files
 from flash.study.cases import DIRECTIONS, PRESETS, Case, expand
 
@@ -177,19 +178,30 @@ def load(path: Path) -> Row:
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(help="a result file")],
+    before: Annotated[Path | None, typer.Argument(help="a result file")] = None,
     after: Annotated[Path | None, typer.Argument(help="the file to hold against it")] = None,
     model: Annotated[str | None, typer.Option(help="or a GPU's datasheet: A100, H100, ...")] = None,
     threshold: Annotated[float, typer.Option(min=0, help="percent that counts as a change")] = 3.0,
     fail_on_regression: Annotated[bool, typer.Option(help="exit code 1")] = False,
     markdown: Annotated[bool, typer.Option(help="for a pull request")] = False,
+    fp8: Annotated[bool, typer.Option(help="instead: FP8's errors, measured here")] = False,
+    head_dim: Annotated[int, typer.Option(min=1, help="of --fp8")] = 128,
+    seqlens: Annotated[str, typer.Option("--seqlen", help="of --fp8")] = "512,2048",
     as_json: AsJson = False,
 ) -> None:
-    """Two result files row by row: ratio with its interval, regressions first."""
+    """Two result files row by row: ratio with its interval, regressions first.
+
+    With --fp8 no files: every way to quantize beside bf16, against fp64 of the same inputs.
+    """
     from flash.cli_common import say_json
     from flash.study import modelled, ratios
 
-    if (after is None) == (model is None):
+    if fp8:
+        if before is not None:
+            raise fail("compare --fp8 measures; it takes no result files")
+        say_accuracy(head_dim, numbers_of("--seqlen", seqlens), as_json)
+        return
+    if before is None or (after is None) == (model is None):
         raise fail("compare takes two result files, or one and --model GPU")
     first = load(before)
     if after is not None:
@@ -207,6 +219,28 @@ def compare(
     else:
         say(tables.comparison(found))
     raise typer.Exit(int(fail_on_regression and bool(found.regressions)))
+
+
+def say_accuracy(head_dim: int, seqlens: list[int], as_json: bool) -> None:
+    from flash.cli_common import say_json
+    from flash.study import accuracy
+
+    if min(seqlens) < 1:
+        raise fail("--seqlen wants lengths of at least 1")
+    device = chosen_device("auto")
+    samples = accuracy.SAMPLES if device == "cuda" else accuracy.SAMPLES_CPU
+    rows = []
+    try:
+        with progress().status("measuring errors") as status:
+            for found in accuracy.study(accuracy.INPUTS, [head_dim], seqlens, device, samples):
+                rows += found
+                status.update(f"measured S = {found[0]['seqlen']}")
+    except (FlashError, ValueError) as error:
+        raise fail(error) from error
+    if as_json:
+        say_json({"device": device, "rows": rows})
+    else:
+        say(tables.accuracy(rows, device))
 
 
 def report(

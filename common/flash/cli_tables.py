@@ -116,6 +116,20 @@ def verify(
     return Group(table(title, columns, rows), *map(Text, [*notes, *wrong]))
 
 
+def accuracy(rows: Sequence[dict[str, Any]], device: str) -> RenderableType:
+    """Errors of FP8 by who shares a scale."""
+    from flash.study.accuracy import COLUMNS, lines
+
+    ran = "v3's kernels" if device == "cuda" else "v3's schedule in plain PyTorch"
+    notes = (
+        f"RMSE of O, and its share of O, by {ran}, against fp64 of the inputs before they are "
+        "quantized. outliers: N(0,1) + N(0,100) x Bernoulli(0.001). turned: random signs and a "
+        "Hadamard matrix. head: one scale per head, as FlashAttention-3's kernel takes."
+    )
+    shown = [(c if c == "inputs" else c[:1].upper() + c[1:]) for c in COLUMNS]
+    return Group(table("flash compare --fp8", shown, lines(rows)), Text(notes, "dim"))
+
+
 def mask_picture(inputs: list[Any], options: dict[str, Any]) -> str:
     """The mask of an explained call, by the tile of the newest generation that has one for it."""
     q, k, v = inputs

@@ -11,8 +11,8 @@ from flash.study.cases import KEY
 from flash.study.files import device_name, merge, read
 
 Row = dict[str, Any]
-PARTS = ("limits", "memory", "curves", "steps", "traffic", "ablations", "fp8", "timeline",
-         "spread")  # fmt: skip
+PARTS = ("limits", "memory", "curves", "steps", "traffic", "ablations", "fp8", "accuracy",
+         "quantizer", "timeline", "spread")  # fmt: skip
 
 
 @dataclass
