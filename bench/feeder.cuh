@@ -26,7 +26,10 @@ struct Feeder {
                                                  typename Traits::Shared& shared) {
     __shared__ alignas(16) unsigned char memory[256];
     static_assert(sizeof(Feeder) <= sizeof(memory));
-    if (threadIdx.x == 0) new (memory) Feeder{{args, shared}, {args, shared.walk}};
+    if (threadIdx.x < kWarp) {  // the schedule begins with a meeting of a warp
+      new (memory) Feeder{{args, shared}, {args, shared.walk}};
+      __syncwarp();
+    }
     return reinterpret_cast<Feeder&>(memory);
   }
 
