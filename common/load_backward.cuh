@@ -133,7 +133,7 @@ __device__ __forceinline__ void load_block(typename Traits::Element* target,
 // Removes NaN and infinities from a block of keys, which dQ = dS K would spread to rows that do
 // not see them; poison[key] is a mask that makes the rows that do see them NaN. True if there was
 // any.
-template <class Traits, int kRows>
+template <class Traits, int kRows, class Part = typename Traits::Element>
 __device__ __forceinline__ bool scrub_keys(typename Traits::Element* keys, uint32_t* poison) {
   using Copy = BlockCopy<Traits>;
   const uint32_t base = shared_address(keys);
@@ -143,7 +143,7 @@ __device__ __forceinline__ bool scrub_keys(typename Traits::Element* keys, uint3
   Copy::template for_each<kRows>(keys, 0, [&](int r, int, int offset, const auto*) {
     uint32_t words[4];
     load_shared_16(words, base + offset);
-    if (!remove_non_finite<typename Traits::Element>(words)) return;
+    if (!remove_non_finite<Part>(words)) return;
     store_shared_16(base + offset, words);
     poison[r] = ~0u;
     found = true;

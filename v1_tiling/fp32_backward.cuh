@@ -1,14 +1,20 @@
-// Backward in fp32: the same loops, products from three tf32 ones, one stage, no exchange of P.
+// Backward in fp32: the same loops, products from three of fp16, one stage, no exchange of P.
 #pragma once
 
 #include "common/gemm_backward.cuh"
 #include "common/load_backward.cuh"
 #include "common/scores_backward.cuh"
 #include "common/store_backward.cuh"
-#include "v1_tiling/tf32.cuh"
+#include "v1_tiling/split.cuh"
 #include "v1_tiling/traits_backward.cuh"
 
 namespace flash::v1 {
+
+// The powers of two of split rows, and the widths of the gradients; p has those of the split rows.
+struct Fp32Gradients {
+  Descale q, k, v, dout;
+  int head_dim, head_dim_v;
+};
 
 template <class Instance, bool kIsFeatured = false>
 struct Fp32BackwardTraits {
@@ -21,15 +27,19 @@ struct Fp32BackwardTraits {
   static constexpr int kStages = 1, kStagesDout = 1;
   static constexpr bool kDqKernel = false;
   static constexpr int kTilesQ = kBlockQ / 8, kTilesDim = kHeadDim / 8;  // of 8 columns
-  static constexpr int kGroup = 4;                                       // tiles of one sum
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  static constexpr bool kRuns = false;  // no tf32 before sm_80
+  static constexpr bool kRuns = false;  // no asynchronous copies before sm_80
 #else
   static constexpr bool kRuns = true;
 #endif
 
-  using Rows = SwizzledRows<kHeadDim * 2>;    // Q, dO, K, V: four bytes an element
-  using Scores = SwizzledRows<kBlockKV * 2>;  // dS: (kBlockQ, kBlockKV)
+  using Rows = SwizzledRows<kHeadDim * 2>;  // Q, dO, K, V: high parts, then low ones
+
+  // dS, (kBlockQ, kBlockKV): a chunk holds what a lane needs of its row for 16 keys. Neighbouring
+  // rows, and rows two apart, lie in different halves of the banks.
+  static __device__ __forceinline__ int ds_offset(int row, int chunk) {
+    return row * kBlockKV * 4 + ((chunk ^ ((row ^ row >> 1) & 1) << 2) << 4);
+  }
 
   struct Shared {
     alignas(128) Element k[kBlockKV * kHeadDim];
@@ -37,6 +47,8 @@ struct Fp32BackwardTraits {
     Element q[kStages][kBlockQ * kHeadDim];
     Element dout[kStagesDout][kBlockQ * kHeadDim];
     Element ds[kBlockQ * kBlockKV];
+    float k_scales[kBlockKV], v_scales[kBlockKV];
+    float q_scales[kBlockQ], dout_scales[kBlockQ];
     float lse[kStages][kBlockQ];
     float delta[kStages][kBlockQ];
     BackwardTile<Fp32BackwardTraits> tile;
@@ -44,54 +56,55 @@ struct Fp32BackwardTraits {
   };
 };
 
-// S^T += K Q^T, and dP^T += V dO^T: 16 keys of this warp against all rows of the block.
+// S^T += K Q^T, and dP^T += V dO^T: 16 keys of this warp against all rows of the block. Sums are of
+// 64 columns.
 template <class Traits>
 __device__ __forceinline__ void gemm_scores_fp32(float (&rS)[Traits::kTilesQ][4], uint32_t keys,
                                                  uint32_t rows) {
   using Rows = typename Traits::Rows;
-  constexpr int kTiles = Traits::kTilesQ, kChain = 4;
-#pragma unroll 2
-  for (int chain = 0; chain < Traits::kHeadDim / 8; chain += kChain) {
-    Tf32Sums<kTiles> sums;
+  constexpr int kPartBytes = 2 * Traits::kHeadDim;
+  keys = opaque(keys), rows = opaque(rows);
+#pragma unroll 1
+  for (int column = 0; column < 2 * Traits::kHeadDim; column += 128) {  // bytes
+    SplitSums<Traits::kTilesQ> sums;
 #pragma unroll
-    for (int k = 0; k < kChain; ++k) {
-      uint32_t a[4], b0[kTiles], b1[kTiles];
-      const uint32_t column = chain * 32;
-      ldmatrix_x4(a, Rows::advance(keys, 2 * k) + column);
+    for (int step = 0; step < 4; ++step) {
+      uint32_t a[2][4];  // (16, 16), high and low
 #pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        uint32_t b[4];
-        ldmatrix_x4(b, Rows::advance(rows, 2 * k) + column + n * 8 * Rows::kRowBytes);
-        b0[n] = b[0], b1[n] = b[1], b0[n + 1] = b[2], b1[n + 1] = b[3];
+      for (int part = 0; part < 2; ++part) {
+        ldmatrix_x4(a[part], Rows::advance(keys, 2 * step) + column + part * kPartBytes);
       }
-      sums.add(Split<4>(a), Split<kTiles>(b0), Split<kTiles>(b1));
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesQ; n += 2) {
+        uint32_t b[2][4];
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          ldmatrix_x4(b[part], Rows::advance(rows, 2 * step) + column + part * kPartBytes +
+                                   n * 8 * Rows::kRowBytes);
+        }
+        sums.add(n, a[0], a[1], b[0], b[1]);
+      }
     }
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int n = 0; n < Traits::kTilesQ; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) rS[n][e] += sums.total(n, e);
+      for (int e = 0; e < 4; ++e) sums.add_to(rS[n][e], n, e);
     }
   }
 }
 
-// This lane's offset for right operands that fetch_right() reads.
-template <class Rows>
-__device__ __forceinline__ uint32_t lane_right(int lane) {
-  return Rows::offset(lane % 4 * 2, lane / 16) + lane / 4 % 4 * 4;
-}
-
-// Right operands (8, 8) of kGroup tiles from rows [8 step, 8 step + 8): row 2 t is the operand's
-// row t, row 2 t + 1 its row t + 4, which is the order that accumulators have as left operands.
-template <class Traits>
-__device__ __forceinline__ void fetch_right(uint32_t (&b0)[Traits::kGroup],
-                                            uint32_t (&b1)[Traits::kGroup], uint32_t base, int step,
-                                            int tile) {
-  using Rows = typename Traits::Rows;
+// sums += A B for one step of 16 rows of B, which has them by columns.
+template <class Traits, int kTiles>
+__device__ __forceinline__ void multiply_split(SplitSums<kTiles>& sums, const uint32_t (&high)[4],
+                                               const uint32_t (&low)[4], uint32_t rows) {
 #pragma unroll
-  for (int n = 0; n < Traits::kGroup; ++n) {
-    const uint32_t even = Rows::advance(base, 2 * (tile + n)) + step * 8 * Rows::kRowBytes;
-    b0[n] = load_shared_4(even);
-    b1[n] = load_shared_4((even ^ 16) + Rows::kRowBytes);
+  for (int n = 0; n < kTiles; n += 2) {
+    uint32_t b[2][4];  // (16, 16), high and low
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      ldmatrix_x4_trans(b[part], Traits::Rows::advance(rows, n + part * Traits::kTilesDim));
+    }
+    sums.add(n, high, low, b[0], b[1]);
   }
 }
 
@@ -100,22 +113,36 @@ template <class Traits>
 __device__ __forceinline__ void gemm_keys_fp32(float (&rdK)[Traits::kTilesDim][4],
                                                const float (&P)[Traits::kTilesQ][4],
                                                uint32_t rows) {
+  if (!any_but_zero(P)) return;  // no row sees these keys
+  rows = opaque(rows);
+  const SplitScale by = scale_of(P);
+  const SplitLeft<Traits::kTilesQ> a(P, by);
 #pragma unroll
-  for (int tile = 0; tile < Traits::kTilesDim; tile += Traits::kGroup) {
-    Tf32Sums<Traits::kGroup> sums;
+  for (int tile = 0; tile < Traits::kTilesDim; tile += 4) {
+    SplitSums<4> sums;
 #pragma unroll
-    for (int k = 0; k < Traits::kTilesQ; ++k) {
-      const uint32_t a[4] = {__float_as_uint(P[k][0]), __float_as_uint(P[k][2]),
-                             __float_as_uint(P[k][1]), __float_as_uint(P[k][3])};
-      uint32_t b0[Traits::kGroup], b1[Traits::kGroup];
-      fetch_right<Traits>(b0, b1, rows, k, tile);
-      sums.add(Split<4>(a), Split<Traits::kGroup>(b0), Split<Traits::kGroup>(b1));
+    for (int step = 0; step < Traits::kTilesQ / 2; ++step) {
+      multiply_split<Traits>(
+          sums, a.high[step], a.low[step],
+          Traits::Rows::advance(rows, tile) + step * 16 * Traits::Rows::kRowBytes);
     }
 #pragma unroll
-    for (int n = 0; n < Traits::kGroup; ++n) {
+    for (int n = 0; n < 4; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) rdK[tile + n][e] += sums.total(n, e);
+      for (int e = 0; e < 4; ++e) sums.add_to(rdK[tile + n][e], n, e, by.unit[e / 2]);
     }
+  }
+}
+
+// What a lane has of rows g and g + 8 of dS, (16, 16), as accumulators have it.
+template <class Traits>
+__device__ __forceinline__ void fetch_ds(float (&dS)[2][4], uint32_t ds, int step, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    uint32_t r[4];
+    load_shared_16(r, ds + Traits::ds_offset(lane / 4 + 8 * h, step * 4 + lane % 4));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dS[i / 2][2 * h + i % 2] = __uint_as_float(r[i]);
   }
 }
 
@@ -123,81 +150,94 @@ __device__ __forceinline__ void gemm_keys_fp32(float (&rdK)[Traits::kTilesDim][4
 template <class Traits>
 __device__ __forceinline__ void add_dq_fp32(float* target, uint32_t ds, uint32_t keys,
                                             int first_tile, int lane) {
-  constexpr int kChain = 4;
-#pragma unroll 1
-  for (int tile = 0; tile < Traits::kTilesDim / 2; tile += Traits::kGroup) {
-    float rdQ[Traits::kGroup][4] = {};
-    const int first = first_tile + tile;
-    const uint32_t columns = keys + first * 32;
+  constexpr int kTiles = 4, kSteps = Traits::kBlockKV / 16;
+  ds = opaque(ds), keys = Traits::Rows::advance(opaque(keys), first_tile);
+  float dS[2][4], largest[2] = {};
 #pragma unroll
-    for (int chain = 0; chain < Traits::kBlockKV / 8; chain += kChain) {
-      Tf32Sums<Traits::kGroup> sums;
+  for (int step = 0; step < kSteps; ++step) {
+    fetch_ds<Traits>(dS, ds, step, lane);
+    find_largest(largest, dS);
+  }
+  const SplitScale by(largest);
 #pragma unroll
-      for (int k = chain; k < chain + kChain; ++k) {
-        uint32_t a[4], b0[Traits::kGroup], b1[Traits::kGroup];
-        ldmatrix_x4(a, Traits::Scores::advance(ds, 2 * k));
-        fetch_right<Traits>(b0, b1, columns, k, 0);
-        sums.add(Split<4>(a), Split<Traits::kGroup>(b0), Split<Traits::kGroup>(b1));
-      }
+  for (int tile = 0; tile < Traits::kTilesDim / 2; tile += kTiles) {
+    SplitSums<kTiles> sums;
 #pragma unroll
-      for (int n = 0; n < Traits::kGroup; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) rdQ[n][e] += sums.total(n, e);
-      }
+    for (int step = 0; step < kSteps; ++step) {
+      fetch_ds<Traits>(dS, ds, step, lane);
+      const SplitLeft<2> a(dS, by);
+      multiply_split<Traits>(
+          sums, a.high[0], a.low[0],
+          Traits::Rows::advance(keys, tile) + step * 16 * Traits::Rows::kRowBytes);
     }
 #pragma unroll
-    for (int n = 0; n < Traits::kGroup; ++n) {
-      add_fragment(target + (first + n) * 128, rdQ[n], lane);
+    for (int n = 0; n < kTiles; ++n) {
+      float total[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) total[e] = sums.total(n, e) * by.unit[e / 2];
+      add_fragment(target + (first_tile + tile + n) * 128, total, lane);
     }
   }
 }
 
-// P and dS from S and dP, in place; 0 where the row must not see the key.
+// What the two rows of a lane have in a row statistic.
+struct RowPair {
+  float of[2];
+  __device__ __forceinline__ RowPair(const float* rows, int lane) {
+    const float2 pair = load_shared_pair(shared_address(rows) + lane % 4 * 8);
+    of[0] = pair.x, of[1] = pair.y;
+  }
+};
+
+// P and dS from S and dP, in place, each with the power of two that its right operand's rows were
+// divided by, and dS to shared memory with that of K; 0 where the row must not see the key.
 template <class Traits>
 __device__ __forceinline__ void softmax_fp32(float (&rS)[Traits::kTilesQ][4],
                                              float (&rdP)[Traits::kTilesQ][4],
                                              const BackwardParams& p,
                                              typename Traits::Shared& shared, bool masked,
                                              int first_row, int key, int lane) {
+  lane = opaque(lane), key = opaque(key);  // else addresses stay in registers throughout
   const Sequence sequence = shared.tile.sequence;
   const bool capped = Traits::kFeatured && p.softcap != 0.0f;
+  const uint32_t ds = shared_address(shared.ds);
+  const float scale = __uint_as_float(opaque(__float_as_uint(p.scale)));
+  const float exponents = Traits::kFeatured ? kLog2e : scale * kLog2e;
+  float k_scale[2], v_scale[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    k_scale[h] = shared.k_scales[key + KeysByRows::key(0, 0, 2 * h, lane)];
+    v_scale[h] = shared.v_scales[key + KeysByRows::key(0, 0, 2 * h, lane)];
+  }
 #pragma unroll
   for (int n = 0; n < Traits::kTilesQ; ++n) {
+    const RowPair lse(&shared.lse[0][n * 8], lane), delta(&shared.delta[0][n * 8], lane);
+    const RowPair q_scale(&shared.q_scales[n * 8], lane),
+        dout_scale(&shared.dout_scales[n * 8], lane);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int row = KeysByRows::row(0, n, e, lane), c = key + KeysByRows::key(0, n, e, lane);
-      float s = rS[n][e] * p.scale, derivative = 1.0f;
+      float s = rS[n][e] * (k_scale[e / 2] * q_scale.of[e % 2]), derivative = 1.0f;
+      if constexpr (Traits::kFeatured) s *= scale;
       if (capped) {
         const float t = tanhf(s / p.softcap);
         s = t * p.softcap;
         derivative = 1.0f - t * t;
       }
-      float probability = exp2f(fmaf(s, kLog2e, -shared.lse[0][row]));
-      float ds = probability * derivative * (rdP[n][e] - shared.delta[0][row]);
+      float probability = exp2f(fmaf(s, exponents, -lse.of[e % 2]));
+      const float dp = fmaf(rdP[n][e] * v_scale[e / 2], dout_scale.of[e % 2], -delta.of[e % 2]);
+      float dS = probability * derivative * dp;
       if (masked) {
         const bool visible = sequence.visible(first_row + row, shared.tile.key + c);
         const bool poisoned = shared.poison[c] != 0;
         probability = !visible ? 0.0f : poisoned ? CUDART_NAN_F : probability;
-        ds = !visible ? 0.0f : poisoned ? CUDART_NAN_F : ds;
+        dS = !visible ? 0.0f : poisoned ? CUDART_NAN_F : dS;
       }
-      rS[n][e] = probability;
-      rdP[n][e] = ds;
-    }
-  }
-}
-
-// dS to shared memory as rows of queries; keys in the order of fetch_right().
-template <class Traits>
-__device__ __forceinline__ void store_ds_fp32(uint32_t ds, const float (&rdS)[Traits::kTilesQ][4],
-                                              int key, int lane) {
-  using Scores = typename Traits::Scores;
-#pragma unroll
-  for (int n = 0; n < Traits::kTilesQ; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = KeysByRows::row(0, n, e, lane);
-      const int chunk = (key + e / 2 * 8) / 4 + lane / 4 % 2;
-      store_shared_4(ds + Scores::offset(row, chunk) + lane / 8 * 4, __float_as_uint(rdS[n][e]));
+      rS[n][e] = probability * dout_scale.of[e % 2];
+      rdP[n][e] = dS * q_scale.of[e % 2];
+      store_shared_4(
+          ds + Traits::ds_offset(row, (key + lane / 4 * 2) / 4) + (lane / 4 % 2 + e / 2 * 2) * 4,
+          __float_as_uint(dS * k_scale[e / 2]));
     }
   }
 }
@@ -220,10 +260,9 @@ __device__ __forceinline__ void store_keys_fp32(float* target, int64_t stride, i
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     fp32_backward_kernel(const __grid_constant__ BackwardParams p,
-                         BackwardWorkspace<Traits> workspace, int slices) {
+                         BackwardWorkspace<Traits> workspace, int slices, Fp32Gradients gradients) {
   if constexpr (!Traits::kRuns) return;
   using Rows = typename Traits::Rows;
-  using Scores = typename Traits::Scores;
   constexpr int kBlockKV = Traits::kBlockKV;
   extern __shared__ __align__(128) char memory[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
@@ -241,10 +280,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     __syncthreads();  // the tile can be read
     if (tile.key >= tile.sequence.seqlen_k) break;
     load_keys<Traits>(shared, p);
+    load_scales<true, kBlockKV>(shared_address(shared.k_scales), gradients.k, tile.batch, tile.head,
+                                tile.sequence.row_k + tile.key, tile.sequence.seqlen_k - tile.key,
+                                threadIdx.x);
+    load_scales<true, kBlockKV>(shared_address(shared.v_scales), gradients.v, tile.batch, tile.head,
+                                tile.sequence.row_k + tile.key, tile.sequence.seqlen_k - tile.key,
+                                threadIdx.x);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();  // K and V are in shared memory
-    if (!tile.all_plain() && scrub_keys<Traits, kBlockKV>(shared.k, shared.poison)) {
+    if (!tile.all_plain() && scrub_keys<Traits, kBlockKV, fp16>(shared.k, shared.poison)) {
       if (threadIdx.x == 0) tile.plain = {0, 0};  // the mask knows the keys that were not finite
       __syncthreads();                            // every thread sees that
     }
@@ -255,34 +300,40 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       const auto [head_q, first_row] = tile.step(step);
       const bool masked = first_row < tile.plain.begin || first_row >= tile.plain.end;
       load_q<Traits>(shared, p, workspace, step);
+      const int rows = tile.sequence.seqlen_q - first_row;
+      load_scales<true, Traits::kBlockQ>(shared_address(shared.q_scales), gradients.q, tile.batch,
+                                         head_q, tile.sequence.row_q + first_row, rows,
+                                         threadIdx.x);
+      load_scales<true, Traits::kBlockQ>(shared_address(shared.dout_scales), gradients.dout,
+                                         tile.batch, head_q, tile.sequence.row_q + first_row, rows,
+                                         threadIdx.x);
       load_dout<Traits>(shared, p, step);
       cp_async_wait<0>();
       __syncthreads();                                                  // Q and dO have arrived
       float rS[Traits::kTilesQ][4] = {}, rdP[Traits::kTilesQ][4] = {};  // (16, kBlockQ)
       const uint32_t by_rows = lane_rows<Rows>(lane) + key * Rows::kRowBytes;
-      const uint32_t by_columns = lane_columns<Rows>(lane), right = lane_right<Rows>(lane);
+      const uint32_t by_columns = lane_columns<Rows>(lane), right = lane_rows<Rows>(lane);
       gemm_scores_fp32<Traits>(rS, shared_address(shared.k) + by_rows,
                                shared_address(shared.q[0]) + by_columns);
       gemm_scores_fp32<Traits>(rdP, shared_address(shared.v) + by_rows,
                                shared_address(shared.dout[0]) + by_columns);
       softmax_fp32<Traits>(rS, rdP, p, shared, masked, first_row, key, lane);
-      store_ds_fp32<Traits>(shared_address(shared.ds), rdP, key, lane);
       gemm_keys_fp32<Traits>(rdV, rS, shared_address(shared.dout[0]) + right);
       gemm_keys_fp32<Traits>(rdK, rdP, shared_address(shared.q[0]) + right);
       __syncthreads();  // dS is complete, Q and dO are no longer read
       const int row16 = warp % 2;
       const int64_t at = head_q * workspace.rows + tile.padded + first_row + row16 * 16;
-      add_dq_fp32<Traits>(
-          workspace.dq + at * Traits::kHeadDim,
-          shared_address(shared.ds) + lane_rows<Scores>(lane) + row16 * 16 * Scores::kRowBytes,
-          shared_address(shared.k) + right, warp / 2 * (Traits::kTilesDim / 2), lane);
+      add_dq_fp32<Traits>(workspace.dq + at * Traits::kHeadDim,
+                          shared_address(shared.ds) + row16 * 16 * kBlockKV * 4,
+                          shared_address(shared.k) + right, warp / 2 * (Traits::kTilesDim / 2),
+                          lane);
     }
     const int rows = tile.sequence.seqlen_k - tile.key - key;
     const int64_t row = tile.sequence.row_k;
     store_keys_fp32<Traits>(row_of<fp32>(p.dk, tile.batch, row, tile.head, tile.key + key),
-                            p.dk.row, rows, p.head_dim, rdK, p.scale, lane);
+                            p.dk.row, rows, gradients.head_dim, rdK, p.scale, lane);
     store_keys_fp32<Traits>(row_of<fp32>(p.dv, tile.batch, row, tile.head, tile.key + key),
-                            p.dv.row, rows, p.head_dim_v, rdV, 1.0f, lane);
+                            p.dv.row, rows, gradients.head_dim_v, rdV, 1.0f, lane);
   }
 }
 

@@ -4,7 +4,7 @@
 #include "common/ptx.cuh"
 #include "v1_tiling/load.cuh"
 #include "v1_tiling/softmax.cuh"
-#include "v1_tiling/tf32.cuh"
+#include "v1_tiling/split.cuh"
 
 namespace flash::v1 {
 
@@ -14,12 +14,8 @@ __device__ __forceinline__ void clear_non_finite(uint32_t (&r)[4]) {
   constexpr uint32_t kBits = kExponentBits<Element>;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(Element) == 4) {
-      if ((r[i] & kBits) == kBits) r[i] = 0;
-    } else {
-      if ((r[i] & kBits) == kBits) r[i] &= 0xffff0000u;
-      if ((r[i] >> 16 & kBits) == kBits) r[i] &= 0x0000ffffu;
-    }
+    if ((r[i] & kBits) == kBits) r[i] &= 0xffff0000u;
+    if ((r[i] >> 16 & kBits) == kBits) r[i] &= 0x0000ffffu;
   }
 }
 
@@ -37,7 +33,7 @@ struct Query {
     address = smem.q() + Rows::offset(lane % 16, lane / 16);
   }
 
-  // Call once, when Q is visible.
+  // Call when Q is visible.
   __device__ __forceinline__ void keep() {
     if constexpr (kKept) {
 #pragma unroll
@@ -67,29 +63,42 @@ struct Query {
   }
 };
 
-// S = Q K_j^T of fp32 elements.
+// S = Q K_j^T of fp32 elements, of rows as they were scaled to be split. Sums are of 64 columns.
 template <class Traits>
 __device__ __forceinline__ void gemm_qk_32(typename Traits::Scores& S, const Query<Traits>& Q,
                                            uint32_t sK) {
   using Rows = typename Traits::Rows;
-  Tf32Sums<Traits::kTilesKV> sums;
+  constexpr int kChain = 4;
 #pragma unroll
-  for (int step = 0; step < Traits::kStepsQK; ++step) {
-    uint32_t rQ[1][4];                                      // (kRowsPerWarp, kDepth)
-    uint32_t rK0[Traits::kTilesKV], rK1[Traits::kTilesKV];  // (kBlockKV, kDepth)
-    Q.fetch(rQ, step);
+  for (int chain = 0; chain < Traits::kStepsQK; chain += kChain) {
+    SplitSums<Traits::kTilesKV> sums;
 #pragma unroll
-    for (int n = 0; n < Traits::kTilesKV; n += 2) {
-      uint32_t r[4];
-      ldmatrix_x4(r, Rows::advance(sK, 2 * step) + n * 8 * Rows::kRowBytes);
-      rK0[n] = r[0], rK1[n] = r[1], rK0[n + 1] = r[2], rK1[n + 1] = r[3];
+    for (int step = chain; step < chain + kChain; ++step) {
+      uint32_t rQ[2][1][4];  // (kRowsPerWarp, 16), high and low
+      Q.fetch(rQ[0], step);
+      Q.fetch(rQ[1], step + Traits::kStepsQK);
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesKV; n += 2) {
+        uint32_t rK[2][4];  // (16, 16), high and low
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          ldmatrix_x4(rK[part], Rows::advance(sK, 2 * (step + part * Traits::kStepsQK)) +
+                                    n * 8 * Rows::kRowBytes);
+        }
+        sums.add(n, rQ[0][0], rQ[1][0], rK[0], rK[1]);
+      }
     }
-    sums.add(Split<4>(rQ[0]), Split<Traits::kTilesKV>(rK0), Split<Traits::kTilesKV>(rK1));
-  }
 #pragma unroll
-  for (int n = 0; n < Traits::kTilesKV; ++n) {
+    for (int n = 0; n < Traits::kTilesKV; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) S[0][n][e] = sums.total(n, e);
+      for (int e = 0; e < 4; ++e) {
+        if (chain == 0) {
+          S[0][n][e] = sums.total(n, e);
+        } else {
+          sums.add_to(S[0][n][e], n, e);
+        }
+      }
+    }
   }
 }
 
@@ -135,53 +144,46 @@ __device__ __forceinline__ void gemm_qk(typename Traits::Scores& S, const Query<
       opaque(smem.k(j)) + Traits::Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   if constexpr (Traits::kFloat32) {
     gemm_qk_32<Traits>(S, Q, sK);
+    join(S, smem, j);
   } else {
     gemm_qk_16<Traits>(S, Q, sK);
   }
 }
 
-// O += P V_j of fp32 elements. Keys may be permuted: column t of a P fragment is key 2 t and column
-// t + 4 is key 2 t + 1, as the accumulators hold them.
+// O += P V_j of fp32 elements.
 template <class Traits, bool kClean>
 __device__ __forceinline__ void gemm_pv_32(typename Traits::Output& O,
                                            const typename Traits::Scores& S,
-                                           Softmax<Traits>& softmax, uint32_t sV) {
+                                           Softmax<Traits>& softmax, uint32_t sV,
+                                           uint32_t v_scales) {
   using Rows = typename Traits::Rows;
-  const int lane = threadIdx.x % 32;
-  // Key 2 t, column g of lane 4 g + t.
-  const uint32_t even = sV + Rows::offset(lane % 4 * 2, lane / 16) + lane / 4 % 4 * 4;
-  uint32_t rP[Traits::kStepsPV][4];  // (kRowsPerWarp, kBlockKV)
-  float sum[2] = {0.0f, 0.0f};
+  const int lane = opaque(threadIdx.x % 32);
+  sV += Rows::offset(lane % 16, lane / 16);
+  float P[Traits::kTilesKV][4];
+  weigh(P, S, softmax, v_scales);
+  const SplitScale by = scale_of(P);
+  const SplitLeft<Traits::kTilesKV> rP(P, by);  // (kRowsPerWarp, kBlockKV)
 #pragma unroll
-  for (int step = 0; step < Traits::kStepsPV; ++step) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float x = softmax.probability(S[0][step][e], 0, e / 2);
-      sum[e / 2] += x;
-      rP[step][e / 2 + e % 2 * 2] = __float_as_uint(x);
-    }
-  }
-  softmax.row_sum[0][0] += sum[0], softmax.row_sum[0][1] += sum[1];
-#pragma unroll
-  for (int group = 0; group < Traits::kTilesV / 4; ++group) {
-    Tf32Sums<4> sums;
+  for (int group = 0; group < Traits::kTilesV; group += 4) {
+    SplitSums<4> sums;
 #pragma unroll
     for (int step = 0; step < Traits::kStepsPV; ++step) {
-      uint32_t rV[2][4];  // (kDepth, 32)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t from =
-            Rows::advance(even, 8 * group + 2 * i) + step * Traits::kDepth * Rows::kRowBytes;
-        rV[0][i] = load_shared_4(from);
-        rV[1][i] = load_shared_4((from ^ 16) + Rows::kRowBytes);
+      for (int n = 0; n < 4; n += 2) {
+        uint32_t rV[2][4];  // (16, 16), high and low
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          ldmatrix_x4_trans(rV[part], Rows::advance(sV, group + n + part * Traits::kTilesV) +
+                                          step * 16 * Rows::kRowBytes);
+          if constexpr (kClean) clear_non_finite<fp16>(rV[part]);
+        }
+        sums.add(n, rP.high[step], rP.low[step], rV[0], rV[1]);
       }
-      if constexpr (kClean) clear_non_finite<fp32>(rV[0]), clear_non_finite<fp32>(rV[1]);
-      sums.add(Split<4>(rP[step]), Split<4>(rV[0]), Split<4>(rV[1]));
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int n = 0; n < 4; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) O[0][4 * group + i][e] += sums.total(i, e);
+      for (int e = 0; e < 4; ++e) sums.add_to(O[0][group + n][e], n, e, by.unit[e / 2]);
     }
   }
 }
@@ -220,11 +222,11 @@ __device__ __forceinline__ void gemm_pv_16(typename Traits::Output& O,
 template <class Traits, bool kClean>
 __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
                                         const typename Traits::Scores& S, Softmax<Traits>& softmax,
-                                        uint32_t sV) {
+                                        const Shared<Traits>& smem, int j) {
   if constexpr (Traits::kFloat32) {
-    gemm_pv_32<Traits, kClean>(O, S, softmax, sV);
+    gemm_pv_32<Traits, kClean>(O, S, softmax, smem.v(j), smem.v_scales(j));
   } else {
-    gemm_pv_16<Traits, kClean>(O, S, softmax, sV);
+    gemm_pv_16<Traits, kClean>(O, S, softmax, smem.v(j));
   }
 }
 
@@ -233,10 +235,10 @@ template <class Traits>
 __device__ __forceinline__ void gemm_pv(typename Traits::Output& O,
                                         const typename Traits::Scores& S, Softmax<Traits>& softmax,
                                         Shared<Traits>& smem, int j, bool poisoned) {
-  if (poisoned) {
-    gemm_pv<Traits, true>(O, S, softmax, smem.v(j));
+  if (__builtin_expect(poisoned, false)) {
+    gemm_pv<Traits, true>(O, S, softmax, smem, j);
   } else {
-    gemm_pv<Traits, false>(O, S, softmax, smem.v(j));
+    gemm_pv<Traits, false>(O, S, softmax, smem, j);
   }
 }
 

@@ -63,11 +63,51 @@ inline bool aligned(const View& v, const Problem& p) {
   return reinterpret_cast<uint64_t>(v.data) % 16 == 0 && strides % chunk == 0;
 }
 
+// O, m and l of the Q blocks under way; none with a single pass.
 template <class Traits>
-cudaError_t launch_forward_as(const ForwardParams& p) {
+int64_t state_bytes(const Grid& grid, const Problem& p) {
+  if (p.seqlen_k <= grid.stages * Traits::kBlockKV) return 0;
+  const int64_t q_blocks = int64_t(grid.ctas) * grid.turns * grid.warps;
+  return (q_blocks * Traits::kStateFloats * int64_t(sizeof(float)) + 255) / 256 * 256;
+}
+
+// Q of fp32 becomes its parts, in the workspace behind the state: a row is read once for each pass
+// over K and V, those but once for each slice.
+template <class Traits>
+cudaError_t split_query(ForwardParams& p, const Grid& grid) {
+  SplitPass<Traits::kHeadDim> pass(static_cast<char*>(p.workspace) + state_bytes<Traits>(grid, p));
+  const int64_t rows_q = p.cu_seqlens_q == nullptr ? p.seqlen_q : p.total_q;
+  pass.add(p.q, p.q_descale, p.heads_q, p.head_dim, p.total_q, rows_q);
+  return pass.run(p.stream);
+}
+
+template <class Traits>
+cudaError_t launch_forward_as(ForwardParams p) {
   const Grid grid = make_grid<Traits>(p);
+  if constexpr (Traits::kFloat32) {
+    const cudaError_t status = split_query<Traits>(p, grid);
+    if (status != cudaSuccess) return status;
+  }
   return launch(forward_kernel<Traits>, dim3(unsigned(grid.ctas)), 32 * grid.warps,
                 Shared<Traits>::bytes(grid.stages, grid.warps), p.stream, p, grid);
+}
+
+// Was the image that this device loads compiled for an architecture before sm_80?
+template <class Instance>
+bool before_ampere() {
+  cudaFuncAttributes attributes;
+  const auto status =
+      cudaFuncGetAttributes(&attributes, forward_kernel<ForwardTraits<Instance, false>>);
+  return status == cudaSuccess && attributes.ptxVersion < 80;
+}
+
+// run(traits) with those that serve the device.
+template <class Instance, bool kFeatured, class Run>
+auto with_traits(Run run) {
+  if constexpr (std::is_same_v<typename Instance::Element, fp16>) {
+    if (before_ampere<Instance>()) return run(ForwardTraits<Instance, kFeatured, true>{});
+  }
+  return run(ForwardTraits<Instance, kFeatured>{});
 }
 
 template <class Instance>
@@ -75,13 +115,12 @@ cudaError_t launch_forward(const ForwardParams& p) {
   if (p.batch == 0 || p.seqlen_q == 0 || p.heads_q == 0) return cudaSuccess;
   const bool plain = p.softcap == 0.0f && p.scale > 0.0f && aligned(p.q, p) && aligned(p.k, p) &&
                      aligned(p.v, p) && aligned(p.o, p);
-  return plain ? launch_forward_as<ForwardTraits<Instance, false>>(p)
-               : launch_forward_as<ForwardTraits<Instance, true>>(p);
+  const auto run = [&](auto traits) { return launch_forward_as<decltype(traits)>(p); };
+  return plain ? with_traits<Instance, false>(run) : with_traits<Instance, true>(run);
 }
 
-template <class Instance>
-Plan plan_forward(const Problem& p) {
-  using Traits = ForwardTraits<Instance, false>;
+template <class Traits>
+Plan plan_forward_as(const Problem& p) {
   const Grid grid = make_grid<Traits>(p);
   Plan plan;
   plan.block_q = grid.warps * Traits::kRowsPerWarp;
@@ -90,10 +129,17 @@ Plan plan_forward(const Problem& p) {
   plan.threads = 32 * grid.warps;
   plan.grid = grid.ctas;
   plan.shared_bytes = Shared<Traits>::bytes(grid.stages, grid.warps);
-  const bool one_pass = p.seqlen_k <= plan.block_kv;  // then no state needs to travel
-  const int64_t q_blocks = int64_t(grid.ctas) * grid.turns * grid.warps;
-  plan.workspace_bytes = one_pass ? 0 : q_blocks * Traits::kStateFloats * int64_t(sizeof(float));
+  plan.workspace_bytes = state_bytes<Traits>(grid, p);
+  if constexpr (Traits::kFloat32) {
+    plan.workspace_bytes += SplitPass<Traits::kHeadDim>::bytes(p.total_q * p.heads_q);
+  }
   return plan;
+}
+
+template <class Instance>
+Plan plan_forward(const Problem& p) {
+  return with_traits<Instance, false>(
+      [&](auto traits) { return plan_forward_as<decltype(traits)>(p); });
 }
 
 template <class Instance>

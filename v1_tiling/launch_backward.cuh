@@ -51,14 +51,18 @@ Plan plan_backward_as(const Problem& p) {
   // The larger of the dense and the packed layout: the problem does not say which it is.
   const int64_t rows = std::max(BackwardWorkspace<Traits>::padded_rows(p, false),
                                 BackwardWorkspace<Traits>::padded_rows(p, true));
-  plan.workspace_bytes = BackwardWorkspace<Traits>::bytes(rows, p);
+  plan.workspace_bytes = (BackwardWorkspace<Traits>::bytes(rows, p) + 255) / 256 * 256;
   return plan;
 }
 
 template <class Instance>
 Plan plan_backward(const Problem& p) {
   if constexpr (kIsFp32<Instance>) {
-    return plan_backward_as<Fp32BackwardTraits<Instance>>(p);
+    using Pass = SplitPass<Instance::kHeadDim>;
+    Plan plan = plan_backward_as<Fp32BackwardTraits<Instance>>(p);
+    plan.workspace_bytes +=
+        2 * (Pass::bytes(p.total_q * p.heads_q) + Pass::bytes(p.total_k * p.heads_kv));
+    return plan;
   } else if constexpr (std::is_same_v<typename Instance::Element, fp16>) {
     using Small = BackwardTraits<Instance, false, true>;
     if (!large_backward<Instance>()) return plan_backward_as<Small>(p);
@@ -66,6 +70,26 @@ Plan plan_backward(const Problem& p) {
   } else {
     return plan_backward_as<BackwardTraits<Instance>>(p);
   }
+}
+
+// The main kernel of fp32: of rows that are split first, behind the rest of the workspace.
+template <class Traits>
+cudaError_t launch_fp32_backward(BackwardParams p, const Plan& plan,
+                                 const BackwardWorkspace<Traits>& workspace) {
+  SplitPass<Traits::kHeadDim> pass(static_cast<char*>(p.workspace) + plan.workspace_bytes);
+  Fp32Gradients gradients = {{}, {}, {}, {}, p.head_dim, p.head_dim_v};
+  const int64_t rows_q = p.cu_seqlens_q == nullptr ? p.seqlen_q : p.total_q;
+  const int64_t rows_k = p.cu_seqlens_k == nullptr ? p.seqlen_k : p.total_k;
+  pass.add(p.q, gradients.q, p.heads_q, p.head_dim, p.total_q, rows_q);
+  pass.add(p.dout, gradients.dout, p.heads_q, p.head_dim_v, p.total_q, rows_q);
+  pass.add(p.k, gradients.k, p.heads_kv, p.head_dim, p.total_k, rows_k);
+  pass.add(p.v, gradients.v, p.heads_kv, p.head_dim_v, p.total_k, rows_k);
+  p.head_dim = p.head_dim_v = Traits::kHeadDim;
+  const cudaError_t status = pass.run(p.stream);
+  if (status != cudaSuccess) return status;
+  return launch(fp32_backward_kernel<Traits>, dim3(unsigned(plan.grid)), Traits::kThreads,
+                plan.shared_bytes, p.stream, p, workspace, int(backward_slices<Traits>(p)),
+                gradients);
 }
 
 template <class Traits>
@@ -80,14 +104,12 @@ cudaError_t launch_backward_as(const BackwardParams& p) {
                     workspace, row_blocks);
   }
   if (status == cudaSuccess && plan.grid > 0) {
-    void (*kernel)(BackwardParams, BackwardWorkspace<Traits>, int) = nullptr;
     if constexpr (std::is_same_v<typename Traits::Element, fp32>) {
-      kernel = fp32_backward_kernel<Traits>;
+      status = launch_fp32_backward<Traits>(p, plan, workspace);
     } else {
-      kernel = backward_kernel<Traits>;
+      status = launch(backward_kernel<Traits>, dim3(unsigned(plan.grid)), Traits::kThreads,
+                      plan.shared_bytes, p.stream, p, workspace, int(backward_slices<Traits>(p)));
     }
-    status = launch(kernel, dim3(unsigned(plan.grid)), Traits::kThreads, plan.shared_bytes,
-                    p.stream, p, workspace, int(backward_slices<Traits>(p)));
   }
   if (status == cudaSuccess && row_grid > 0) {
     status = launch(finish_kernel<Traits>, dim3(unsigned(row_grid)), kPassThreads, 0, p.stream, p,

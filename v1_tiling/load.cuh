@@ -3,8 +3,11 @@
 
 #include "common/ptx.cuh"
 #include "v1_tiling/schedule.cuh"
+#include "v1_tiling/split.cuh"
 
 namespace flash::v1 {
+
+inline constexpr int kGroup = 8;  // rows of fp32 K or V that a warp copies and splits together
 
 // One chunk, element by element, for rows that are not 16-byte aligned.
 template <class Element>
@@ -60,9 +63,12 @@ __device__ __forceinline__ void load_q(Shared<Traits>& smem, const ForwardParams
                    (tile.sequence.row_q + tile.warp_row) * p.q.row;  // (kRowsPerWarp, kHeadDim)
   if (tile.absent) return;
   __syncwarp();  // no lane reads the last Q block any more
-  load_rows<Traits, Traits::kRowsPerWarp>(smem.q(), gQ, p.q.row,
-                                          tile.sequence.seqlen_q - tile.warp_row, p.head_dim,
-                                          threadIdx.x % 32, 32);
+  load_rows<Traits, Traits::kRowsPerWarp>(
+      smem.q(), gQ, p.q.row, tile.sequence.seqlen_q - tile.warp_row,
+      Traits::kFloat32 ? Traits::kHeadDim : p.head_dim, threadIdx.x % 32, 32);
+  load_scales<Traits::kFloat32, Traits::kRowsPerWarp>(
+      smem.q_scales(), p.q_descale, tile.batch, tile.head, tile.sequence.row_q + tile.warp_row,
+      tile.sequence.seqlen_q - tile.warp_row, threadIdx.x % 32);
   barrier_arrive_copies(smem.q_full());
 }
 
@@ -70,6 +76,65 @@ __device__ __forceinline__ void load_q(Shared<Traits>& smem, const ForwardParams
 template <class Traits>
 __device__ __forceinline__ void wait_q(Shared<Traits>& smem, const Tile<Traits>& tile) {
   if (!tile.absent) barrier_wait(smem.q_full(), smem.q_round++);
+}
+
+// fp32: each warp copies rows of K and V in groups, and splits them: run(first row of a group).
+template <class Traits, class Run>
+__device__ __forceinline__ void for_groups(Run run) {
+  const int warp = opaque(threadIdx.x) / 32, warps = blockDim.x / 32;
+#pragma unroll 1
+  for (int row = warp * kGroup; row < Traits::kBlockKV; row += warps * kGroup) run(row);
+}
+
+template <class Traits>
+__device__ __forceinline__ void copy_group(uint32_t block, const float* source, int64_t stride,
+                                           int row, int rows, int dim) {
+  load_rows<Traits, kGroup>(block + row * Traits::Rows::kRowBytes, source + row * stride, stride,
+                            rows - row, dim, threadIdx.x % 32, 32);
+}
+
+// In place, by the lanes that copied it.
+template <class Traits>
+__device__ __forceinline__ void split_group(uint32_t block, uint32_t scales, int row) {
+  using Rows = typename Traits::Rows;
+  constexpr int kLanes = Rows::kChunks, kStep = 32 / kLanes, kAtOnce = 4;
+  const int thread = opaque(threadIdx.x) % 32, lane = thread % kLanes;
+  block += row * Rows::kRowBytes, scales += row * 4;
+#pragma unroll
+  for (int first = 0; first < kGroup; first += kAtOnce * kStep) {
+    SplitRows<kAtOnce> rows;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      uint32_t words[4];
+      load_shared_16(words, block + Rows::offset(first + i * kStep + thread / kLanes, lane));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rows.x[i][e] = __uint_as_float(words[e]);
+    }
+    rows.split_all(kLanes);
+    __syncwarp();  // every lane has read its values
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int r = first + i * kStep + thread / kLanes;
+      const uint32_t half = lane % 2 * 8;
+      store_shared_8(block + Rows::offset(r, lane / 2) + half, rows.high[i]);
+      store_shared_8(block + Rows::offset(r, (kLanes + lane) / 2) + half, rows.low[i]);
+      if (lane == 0) store_shared_4(scales + 4 * r, __float_as_uint(rows.unit[i]));
+    }
+  }
+}
+
+// fp32: K_j and V_j arrive when every warp has split the rows that it copied.
+template <class Traits>
+__device__ __forceinline__ void split_kv(Shared<Traits>& smem, int j) {
+  if constexpr (Traits::kFloat32) {
+    cp_async_wait<0>();  // what this thread copied has arrived
+    for_groups<Traits>([&](int row) {
+      split_group<Traits>(smem.k(j), smem.k_scales(j), row);
+      split_group<Traits>(smem.v(j), smem.v_scales(j), row);
+    });
+    __syncwarp();  // the warp's rows are complete
+    if (threadIdx.x % 32 == 0) barrier_arrive(smem.kv_full(j));
+  }
 }
 
 // Before block j is waited for: starts the copies of blocks to come, of this slice and then of the
@@ -98,19 +163,28 @@ __device__ __forceinline__ void load_kv(Shared<Traits>& smem, const ForwardParam
                      from.head_kv * p.k.head + row * p.k.row;  // (kBlockKV, kHeadDim)
     const auto* gV = static_cast<const Element*>(p.v.data) + from.batch * p.v.batch +
                      from.head_kv * p.v.head + row * p.v.row;  // (kBlockKV, kHeadDim)
-    load_rows<Traits, Traits::kBlockKV>(smem.k(j), gK, p.k.row, rows, p.head_dim, threadIdx.x,
-                                        blockDim.x);
-    load_rows<Traits, Traits::kBlockKV>(smem.v(j), gV, p.v.row, rows, p.head_dim_v, threadIdx.x,
-                                        blockDim.x);
-    barrier_arrive_copies(smem.kv_full(j));
+    if constexpr (Traits::kFloat32) {
+      for_groups<Traits>([&](int row) {
+        copy_group<Traits>(smem.k(j), gK, p.k.row, row, rows, p.head_dim);
+        copy_group<Traits>(smem.v(j), gV, p.v.row, row, rows, p.head_dim_v);
+      });
+      cp_async_commit();  // split_kv() arrives
+    } else {
+      load_rows<Traits, Traits::kBlockKV>(smem.k(j), gK, p.k.row, rows, p.head_dim, threadIdx.x,
+                                          blockDim.x);
+      load_rows<Traits, Traits::kBlockKV>(smem.v(j), gV, p.v.row, rows, p.head_dim_v, threadIdx.x,
+                                          blockDim.x);
+      barrier_arrive_copies(smem.kv_full(j));
+    }
   }
 }
 
 // Afterwards K_j and V_j are visible to this warp.
 template <class Traits>
-__device__ __forceinline__ void wait_kv(const Shared<Traits>& smem, const Tile<Traits>& tile,
-                                        int j) {
-  if (tile.turn == 0) barrier_wait(smem.kv_full(j), smem.ring.round(j));
+__device__ __forceinline__ void wait_kv(Shared<Traits>& smem, const Tile<Traits>& tile, int j) {
+  if (tile.turn > 0) return;
+  split_kv(smem, j);
+  barrier_wait(smem.kv_full(j), smem.ring.round(j));
 }
 
 // After its last Q block, this warp reads block j no more. When all warps have said so, another

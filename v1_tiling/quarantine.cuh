@@ -15,28 +15,19 @@ struct NonFinite {
   uint32_t sum = 0;
 
   __device__ __forceinline__ void look(uint32_t word) {
-    if constexpr (sizeof(Element) == 4) {
-      sum = __float_as_uint(fmaf(__uint_as_float(word), 0.0f, __uint_as_float(sum)));
-    } else {
-      const uint32_t zero = 0;
-      const Pair next = __hfma2(reinterpret_cast<const Pair&>(word),
-                                reinterpret_cast<const Pair&>(zero), reinterpret_cast<Pair&>(sum));
-      sum = reinterpret_cast<const uint32_t&>(next);
-    }
+    const uint32_t zero = 0;
+    const Pair next = __hfma2(reinterpret_cast<const Pair&>(word),
+                              reinterpret_cast<const Pair&>(zero), reinterpret_cast<Pair&>(sum));
+    sum = reinterpret_cast<const uint32_t&>(next);
   }
   __device__ __forceinline__ bool any() const { return (sum & 0x7fff7fffu) != 0; }
 };
 
 template <class Element, class Rows>
 __device__ __forceinline__ float load_element(uint32_t base, int row, int column) {
-  const int byte = column * int(sizeof(Element));
-  const uint32_t word = load_shared_4(base + Rows::offset(row, byte / 16) + byte % 16 / 4 * 4);
-  if constexpr (sizeof(Element) == 4) {
-    return __uint_as_float(word);
-  } else {
-    const float2 pair = unpack<Element>(word);
-    return column % 2 == 0 ? pair.x : pair.y;
-  }
+  const uint32_t word = load_shared_4(base + Rows::offset(row, column / 8) + column % 8 / 2 * 4);
+  const float2 pair = unpack<Element>(word);
+  return column % 2 == 0 ? pair.x : pair.y;
 }
 
 // Is any value of V_j not finite? Worth asking when some row does not see all of the block.
@@ -44,7 +35,7 @@ template <class Traits>
 __device__ __forceinline__ bool find_poison(const Shared<Traits>& smem, int j) {
   using Rows = typename Traits::Rows;
   const int lane = opaque(threadIdx.x % 32);
-  NonFinite<typename Traits::Element> found;
+  NonFinite<typename Traits::Part> found;
 #pragma unroll 4
   for (int i = lane; i < Traits::kBlockKV * Rows::kChunks; i += 32) {
     uint32_t words[4];
@@ -55,11 +46,13 @@ __device__ __forceinline__ bool find_poison(const Shared<Traits>& smem, int j) {
   return __any_sync(kFullWarp, found.any());
 }
 
-// Adds those values to the rows that see their keys. The product that follows takes them for 0.
+// Adds those values, if there are any, to the rows that see their keys. The product that follows
+// must then take them for 0.
 template <class Traits>
-__device__ __forceinline__ void quarantine(typename Traits::Output& O, const Shared<Traits>& smem,
+__device__ __forceinline__ bool quarantine(typename Traits::Output& O, const Shared<Traits>& smem,
                                            const Tile<Traits>& tile, int j) {
-  using Element = typename Traits::Element;
+  if (!find_poison(smem, j)) return false;
+  using Element = typename Traits::Part;  // of fp32, the high part says what it is
   using Rows = typename Traits::Rows;
   const int lane = opaque(threadIdx.x % 32);
 #pragma unroll 1
@@ -83,6 +76,7 @@ __device__ __forceinline__ void quarantine(typename Traits::Output& O, const Sha
       }
     }
   }
+  return true;
 }
 
 }  // namespace flash::v1

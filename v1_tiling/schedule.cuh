@@ -85,6 +85,7 @@ struct Tile {
     const int begin = max(0, warp_row + Traits::kRowsPerWarp - 1 + sequence.first);
     const int end = max(0, min(warp_row + sequence.last + 1, sequence.seqlen_k));
     whole = {(begin + kBlockKV - 1) / kBlockKV, end / kBlockKV};
+    if (seen.begin >= seen.end) whole = {0, 0};
   }
 
  private:

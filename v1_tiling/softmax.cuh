@@ -7,6 +7,7 @@
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "v1_tiling/schedule.cuh"
+#include "v1_tiling/split.cuh"
 
 namespace flash::v1 {
 
@@ -26,6 +27,27 @@ __device__ __forceinline__ void cap(typename Traits::Scores& S, const ForwardPar
           S[m][n][e] = capped ? p.softcap * tanhf(x) : x;
         }
       }
+    }
+  }
+}
+
+// After a product of split rows: S becomes what whole rows would have given.
+template <class Traits>
+__device__ __forceinline__ void join(typename Traits::Scores& S, const Shared<Traits>& smem,
+                                     int j) {
+  const int lane = threadIdx.x % 32;
+  float of_q[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    of_q[h] = __uint_as_float(load_shared_4(smem.q_scales() + (h * 8 + lane / 4) * 4));
+  }
+#pragma unroll
+  for (int n = 0; n < Traits::kTilesKV; ++n) {
+    const float2 of_k = load_shared_pair(smem.k_scales(j) + (n * 8 + lane % 4 * 2) * 4);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      // First the product of scales: S times one of them may not exist where the score does.
+      S[0][n][e] *= (e % 2 == 0 ? of_k.x : of_k.y) * of_q[e / 2];
     }
   }
 }
@@ -62,10 +84,9 @@ struct Softmax {
   using RowValues = float[Traits::kTilesQ][2];
 
   RowValues reference;  // what P is relative to: the largest exponent so far, or up to kSlack less
-  RowValues row_sum;    // this lane's share of the sum of P
+  RowValues row_sum;    // this lane's share of the sum of P; see resume()
   RowValues factor;     // by which O follows
   bool moved;           // did the last update move a reference of this warp?
-  bool resumed;         // O is still the mean that the last visit left, row_sum the whole sum
   float scale;          // from scores to exponents
 
   __device__ __forceinline__ explicit Softmax(const ForwardParams& p)
@@ -73,7 +94,6 @@ struct Softmax {
 
   // At the first visit: no key was seen.
   __device__ __forceinline__ void start(typename Traits::Output& O) {
-    resumed = false;
 #pragma unroll
     for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
@@ -89,10 +109,19 @@ struct Softmax {
     }
   }
 
+  // At a later visit: O is the mean that the last one left, and row_sum, until the first update,
+  // the whole sum, with a minus that says so.
+  __device__ __forceinline__ void resume(int m, int h, float old_reference, float sum) {
+    reference[m][h] = old_reference;
+    row_sum[m][h] = __uint_as_float(opaque(__float_as_uint(sum) | 0x80000000u));  // NaN, too
+  }
+  __device__ __forceinline__ bool resumed() const { return __float_as_int(row_sum[0][0]) < 0; }
+
   // The references move to the largest scores, once these outgrow them in any row of the warp.
   __device__ __forceinline__ void update(const typename Traits::Scores& S) {
     RowValues largest;
-    bool outgrown = resumed;
+    const bool first = resumed();
+    bool outgrown = first;
 #pragma unroll
     for (int m = 0; m < Traits::kTilesQ; ++m) {
 #pragma unroll
@@ -115,12 +144,11 @@ struct Softmax {
         const float old = reference[m][h];
         reference[m][h] = fmaxf(old, quad_max(largest[m][h]) * scale);
         factor[m][h] = fast_exp2(old - reference[m][h]);
-        const float sum = row_sum[m][h] * factor[m][h];
-        if (resumed) factor[m][h] = sum;  // makes O a sum again
-        row_sum[m][h] = resumed && threadIdx.x % 4 != 0 ? 0.0f : sum;
+        const float sum = fabsf(row_sum[m][h]) * factor[m][h];
+        if (first) factor[m][h] = sum;  // makes O a sum again
+        row_sum[m][h] = first && threadIdx.x % 4 != 0 ? 0.0f : sum;
       }
     }
-    resumed = false;
   }
 
   // O follows the reference.
@@ -200,5 +228,23 @@ struct Weights {
     }
   }
 };
+
+// P of fp32 for the second product, with what V's rows were divided by.
+template <class Traits>
+__device__ __forceinline__ void weigh(float (&P)[Traits::kTilesKV][4],
+                                      const typename Traits::Scores& S, Softmax<Traits>& softmax,
+                                      uint32_t v_scales) {
+  v_scales += threadIdx.x % 4 * 8;
+#pragma unroll
+  for (int n = 0; n < Traits::kTilesKV; ++n) {
+    const float2 of_v = load_shared_pair(v_scales + n * 32);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float x = softmax.probability(S[0][n][e], 0, e / 2);
+      softmax.row_sum[0][e / 2] += x;
+      P[n][e] = x * (e % 2 == 0 ? of_v.x : of_v.y);
+    }
+  }
+}
 
 }  // namespace flash::v1

@@ -71,8 +71,8 @@ __device__ __forceinline__ void load_state(typename Traits::Output& O, Softmax<T
 #pragma unroll
   for (int m = 0; m < Traits::kTilesQ; ++m) {
     const float4 rows = __ldcg(from + m * 8 + lane / 4);
-    softmax.reference[m][0] = rows.x, softmax.row_sum[m][0] = rows.y;
-    softmax.reference[m][1] = rows.z, softmax.row_sum[m][1] = rows.w;
+    softmax.resume(m, 0, rows.x, rows.y);
+    softmax.resume(m, 1, rows.z, rows.w);
   }
   from += Traits::kTilesQ * 8 + lane;
 #pragma unroll
@@ -83,7 +83,6 @@ __device__ __forceinline__ void load_state(typename Traits::Output& O, Softmax<T
       O[m][n][0] = x.x, O[m][n][1] = x.y, O[m][n][2] = x.z, O[m][n][3] = x.w;
     }
   }
-  softmax.resumed = true;
 }
 
 // O, m and l back to memory, for the next visit.

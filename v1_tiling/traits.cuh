@@ -10,11 +10,15 @@
 namespace flash::v1 {
 
 // kFeatured serves softcap, scales that are not positive, and rows that are not 16-byte aligned.
-template <class Instance, bool kIsFeatured>
+// kBeforeAmpere is for 64 KB of shared memory, matrix instructions that take fp16 only, and no
+// asynchronous copies.
+template <class Instance, bool kIsFeatured, bool kBeforeAmpere = false>
 struct ForwardTraits {
   using Element = typename Instance::Element;
   static constexpr bool kFeatured = kIsFeatured;
   static constexpr bool kFloat32 = sizeof(Element) == 4;
+  // What matrix instructions take. fp32 rows come as two rows of parts, one beside the other.
+  using Part = std::conditional_t<kFloat32, fp16, Element>;
   static constexpr int kHeadDim = Instance::kHeadDim;
   static_assert(Instance::kHeadDimV == kHeadDim, "one width for Q, K, V and O");
 
@@ -22,21 +26,21 @@ struct ForwardTraits {
   // warp read each fragment of K and V from shared memory for more work; registers set the limit.
   static constexpr int kMaxWarps = 8;
   static constexpr int kMaxThreads = 32 * kMaxWarps;
-  static constexpr int kRowsPerWarp = kFloat32 ? 16 : 32;
-  static constexpr int kBlockKV = kFloat32 && kHeadDim > 64 ? 32 : 64;
+  static constexpr bool kNarrow = kBeforeAmpere && kHeadDim > 64;
+  static constexpr int kRowsPerWarp = kFloat32 || kNarrow ? 16 : 32;
+  static constexpr int kBlockKV = kNarrow ? 32 : 64;
   static constexpr int kMaxStages = 16;  // blocks of K and V that stay on chip together, at most
   static constexpr bool kQueryInRegisters = kHeadDim <= 64 && !kFloat32;
 
   using Rows = SwizzledRows<kHeadDim* int(sizeof(Element)) / 2>;  // of Q, K and V
   static constexpr int kChunkElements = 16 / int(sizeof(Element));
 
-  // One warp's work in matrix instructions of 16 x 8 x kDepth.
-  static constexpr int kDepth = 32 / int(sizeof(Element));
+  // One warp's work in matrix instructions of 16 x 8 x 16.
   static constexpr int kTilesQ = kRowsPerWarp / 16;
   static constexpr int kTilesKV = kBlockKV / 8;
   static constexpr int kTilesV = kHeadDim / 8;
-  static constexpr int kStepsQK = kHeadDim / kDepth;
-  static constexpr int kStepsPV = kBlockKV / kDepth;
+  static constexpr int kStepsQK = kHeadDim / 16;
+  static constexpr int kStepsPV = kBlockKV / 16;
 
   // Accumulators; element e of a lane is row lane / 4 + 8 * (e / 2), column 2 * (lane % 4) + e % 2.
   using Scores = float[kTilesQ][kTilesKV][4];  // (kRowsPerWarp, kBlockKV)
@@ -45,14 +49,13 @@ struct ForwardTraits {
   // What a Q block leaves in memory between two visits: O as the accumulators hold it, m and l.
   static constexpr int kStateFloats = kRowsPerWarp * (kHeadDim + 2);
 
-  // Before sm_80 no matrix instruction takes bf16 or tf32: there these kernels are empty.
+  // A kernel has a body only in the images that it is for.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  static constexpr bool kRuns = std::is_same_v<Element, fp16>;
-  static constexpr bool kAsyncCopies = false;
+  static constexpr bool kRuns = kBeforeAmpere && std::is_same_v<Element, fp16>;
 #else
-  static constexpr bool kRuns = true;
-  static constexpr bool kAsyncCopies = true;
+  static constexpr bool kRuns = !kBeforeAmpere;
 #endif
+  static constexpr bool kAsyncCopies = !kBeforeAmpere;
 };
 
 // Where a K/V block lies: blocks [first_block, first_block + 2 * stages) can be asked for.
@@ -86,8 +89,11 @@ struct Ring {
 // blocks and warps is decided at run time, by what the device has.
 template <class Traits>
 struct Shared {
-  static constexpr int kBytesQ = Traits::kRowsPerWarp * Traits::Rows::kRowBytes;
+  static constexpr int kBytesRows = Traits::kRowsPerWarp * Traits::Rows::kRowBytes;
+  static constexpr int kBytesQ = kBytesRows + (Traits::kFloat32 ? 128 : 0);
   static constexpr int kBytesK = Traits::kBlockKV * Traits::Rows::kRowBytes;
+  static constexpr int kBytesScales = Traits::kFloat32 ? 4 * Traits::kBlockKV : 0;
+  static constexpr int kBytesStage = 2 * (kBytesK + kBytesScales);
   static constexpr int kKvFull = 0;
   static constexpr int kKvFree = kKvFull + 8 * Traits::kMaxStages;
   static constexpr int kQFull = kKvFree + 8 * Traits::kMaxStages;
@@ -97,7 +103,7 @@ struct Shared {
   static_assert(kTiles >= kQFull + 8 * Traits::kMaxWarps && kStages % 128 == 0);
 
   static constexpr int bytes(int stages, int warps) {
-    return kStages + stages * 2 * kBytesK + warps * kBytesQ;
+    return kStages + stages * kBytesStage + warps * kBytesQ;
   }
 
   Ring ring;
@@ -114,7 +120,7 @@ struct Shared {
   __device__ __forceinline__ explicit Shared(int stages) : ring{stages} {
     if (threadIdx.x == 0) {
       for (int j = 0; j < stages; ++j) {
-        barrier_init(kv_full(j), blockDim.x);
+        barrier_init(kv_full(j), Traits::kFloat32 ? blockDim.x / 32 : blockDim.x);
         barrier_init(kv_free(j), blockDim.x / 32);
       }
     }
@@ -129,17 +135,21 @@ struct Shared {
     return address(kKvFree + 8 * ring.stage(j));
   }
   __device__ __forceinline__ uint32_t k(int j) const {  // (kBlockKV, kHeadDim)
-    return address(kStages + ring.stage(j) * 2 * kBytesK);
+    return address(kStages + ring.stage(j) * kBytesStage);
   }
   __device__ __forceinline__ uint32_t v(int j) const { return k(j) + kBytesK; }
+  // The powers of two of split rows of K and V.
+  __device__ __forceinline__ uint32_t k_scales(int j) const { return k(j) + 2 * kBytesK; }
+  __device__ __forceinline__ uint32_t v_scales(int j) const { return k_scales(j) + kBytesScales; }
 
   // Of this warp:
   __device__ __forceinline__ uint32_t q_full() const {
     return address(kQFull + threadIdx.x / 32 * 8);
   }
   __device__ __forceinline__ uint32_t q() const {  // (kRowsPerWarp, kHeadDim)
-    return address(kStages + ring.stages * 2 * kBytesK + threadIdx.x / 32 * kBytesQ);
+    return address(kStages + ring.stages * kBytesStage + threadIdx.x / 32 * kBytesQ);
   }
+  __device__ __forceinline__ uint32_t q_scales() const { return q() + kBytesRows; }
   // The tile in work and the next one: here rather than in registers, which O and S need.
   template <class Tile>
   __device__ __forceinline__ Tile& tile(int ahead) const {

@@ -18,10 +18,10 @@ class Gpu(NamedTuple):
     shared_bytes: int  # of one CTA, at most
 
     def flops(self, dtype: str) -> float:
-        """float32 counts as three TF32 products, each at half the 16-bit rate."""
+        """float32 counts as three products of 16-bit parts."""
         if dtype == "float8_e4m3fn" and self.fp8_flops:
             return self.fp8_flops
-        return self.half_flops / 6 if dtype == "float32" else self.half_flops
+        return self.half_flops / 3 if dtype == "float32" else self.half_flops
 
     def ridge(self, dtype: str) -> float:
         """FLOPs per byte above which arithmetic is the bound."""
