@@ -89,13 +89,13 @@ VARIANTS = (
         ("v2_parallel/schedule.cuh", _GRID, _IN_TURN + _GRID),
         ("v2_parallel/schedule.cuh", "if (ctas == 0) return blockIdx.x;",
          "if (ctas == 0) return block_in_turn() * heads + blockIdx.x;"),
-        ("v2_parallel/schedule.cuh", "kL2Bytes = 16 << 20;", "kL2Bytes = int64_t(1) << 40;"),
+        ("v2_parallel/schedule.cuh", "kL2Bytes = 32 << 20;", "kL2Bytes = int64_t(1) << 40;"),
         ("v2_parallel/launch.cuh", "dim3(unsigned(grid.launched()))",
          "dim3(unsigned(grid.heads))"))),
     Variant(*V2, "rows over warps (pairs of warps split K)", (
         ("v2_parallel/traits.cuh", "kTeam = kHeadDim <= 128 ? 1 : 2;", "kTeam = 2;"),)),
     Variant(*V2, "L2 locality (all heads side by side)", (
-        ("v2_parallel/schedule.cuh", "kL2Bytes = 16 << 20;", "kL2Bytes = int64_t(1) << 40;"),)),
+        ("v2_parallel/schedule.cuh", "kL2Bytes = 32 << 20;", "kL2Bytes = int64_t(1) << 40;"),)),
     Variant(*V3),
     Variant(*V3, "ping-pong", PING_PONG),
     Variant(*V3, "overlap inside a warpgroup", OVERLAP),

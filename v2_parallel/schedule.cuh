@@ -12,10 +12,11 @@ struct Place {
   int head, block_q;
 };
 
-// All Q blocks of all heads as one line. Heads are taken in groups whose K and V fit in L2; within
-// a group the blocks with the most keys go first, so that the short ones fill the end. A CTA takes
-// one place of the line, or, where `ctas` of them stay, one of each round of `ctas` places, every
-// second round backwards: long blocks then meet short ones.
+// All Q blocks of all heads as one line. Heads are taken in groups whose K and V fit in L2, larger
+// ones where blocks are uneven (causal): within a group the blocks with the most keys go first, so
+// that the short ones fill the end, of which there must be enough. A CTA takes one place of the
+// line, or, where `ctas` of them stay, one of each round of `ctas` places, every second round
+// backwards: long blocks then meet short ones.
 struct Grid {
   int blocks_q;     // per head
   int heads;        // batch * heads_q
@@ -25,13 +26,16 @@ struct Grid {
   bool last_first;  // the last Q block sees the most keys (causal)
 
   Grid(const Problem& p, int block_q, int ctas = 0) : ctas(ctas) {
-    constexpr int64_t kL2Bytes = 16 << 20;
+    constexpr int64_t kL2Bytes = 32 << 20;
+    constexpr int64_t kLevelBlocks = 2048;
     blocks_q = (p.seqlen_q + block_q - 1) / block_q;
     heads = p.batch * p.heads_q;
     last_first = p.window_right != kUnlimited;
     const int64_t bytes = int64_t(p.seqlen_k) * (p.head_dim + p.head_dim_v) * 2 + 1;
     const int64_t fitting = kL2Bytes / bytes * (p.heads_q / (p.heads_kv < 1 ? 1 : p.heads_kv));
-    group = int(fitting < 1 ? 1 : fitting > heads ? heads : fitting);
+    const int64_t level = last_first && blocks_q > 0 ? kLevelBlocks / blocks_q : 0;
+    const int64_t wanted = fitting > level ? fitting : level;
+    group = int(wanted < 1 ? 1 : wanted > heads ? heads : wanted);
     places = group * blocks_q;
     if (ctas > 0 && last_first) fill_rounds();
   }
