@@ -116,7 +116,8 @@ def errors(source: Source, theme: Theme, direction: str, dtype: str) -> Figure |
 
     def finish(ax: Axes) -> None:
         ax.set_ylim(0, high * 1.15) if high < 5 * low else ax.set_yscale("log")
-        ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0)) if high < 5 * low else None
+        if high < 5 * low:  # no common factor above the axis, where the heading is
+            ax.yaxis.set_major_formatter("{x:g}")
 
     return grid(source, rows, theme, title, "relative L2 error", "error", finish)
 
