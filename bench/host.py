@@ -81,6 +81,16 @@ def timed(way: str, parts: dict[tuple[str, str], Callable[[], Any]]) -> list[Row
     return rows
 
 
+def lines(rows: list[Row]) -> list[tuple[str, ...]]:
+    """One line for each competitor and layout: microseconds and the ratio to the peer, by way."""
+    found = []
+    for name, layout in dict.fromkeys((r["competitor"], r["layout"]) for r in rows):
+        own = {r["way"]: r for r in rows if (r["competitor"], r["layout"]) == (name, layout)}
+        cells = (f"{own[way]['us']:.1f} ({own[way]['ratio']:.2f})" for way in WAYS)
+        found.append((name, layout, *cells))
+    return found
+
+
 def main() -> int:
     parser = script.parser(__doc__)
     args = parser.parse_args()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plots
+from bench import host, plots
 from flash.study import accuracy, timeline
 from flash.study.facts import apart, picojoules, regular
 from flash.study.ratios import geomean, winners
@@ -255,6 +255,11 @@ def roles(source: Source) -> str:
     return "\n".join(f"- {line}" for line in text.splitlines())
 
 
+def host_time(source: Source) -> str:
+    """Microseconds of the host, and of PyTorch's flash backend; the GPU is not waited for."""
+    return markdown(("", "layout", *host.WAYS), host.lines(source.parts["host"]))
+
+
 def spread(source: Source) -> str:
     """Forward and backward of context parallel attention; linear is the share computed alone."""
     columns = ("GPUs", "tokens", "way", "ms", "of linear scaling", "TFLOP/s per GPU", "peak GiB")
@@ -284,6 +289,7 @@ def sections(source: Source) -> list[tuple[str, str]]:
         ("fp8", "FP8 without one idea, error against fp64", quantization),
         ("accuracy", "FP8: error against fp64, `python -m bench.fp8`", fp8_errors),
         ("quantizer", "FP8: reading and writing Q, K and V once, of copying", quantizer),
+        ("host", "Host µs of a call at B = 1, S = 64 (of SDPA's)", host_time),
         ("timeline", "Roles of one CTA of v3's forward kernel, `python -m bench.trace`", roles),
         ("spread", "One sequence over several GPUs, `torchrun -m bench.context_parallel`", spread),
     )

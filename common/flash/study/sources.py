@@ -12,7 +12,7 @@ from flash.study.files import device_name, merge, read
 
 Row = dict[str, Any]
 PARTS = ("limits", "memory", "curves", "steps", "traffic", "ablations", "fp8", "accuracy",
-         "quantizer", "timeline", "spread")  # fmt: skip
+         "quantizer", "timeline", "spread", "host")  # fmt: skip
 
 
 @dataclass
