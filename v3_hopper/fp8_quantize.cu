@@ -1,131 +1,17 @@
 // Rows are rotated in registers, their largest magnitude becomes the scale, and the same registers
 // are rounded: each element is read once and written once.
-#include <cuda_fp8.h>
-
 #include <cfloat>
 
 #include "common/launch.cuh"
-#include "v3_hopper/fp8_quantize_schedule.cuh"
-#include "v3_hopper/fp8_rotate.cuh"
+#include "v3_hopper/fp8_quantize_tile.cuh"
 
 namespace flash::v3::fp8 {
 namespace {
-
-constexpr float kMaxE4M3 = 448.0f;
 
 template <int kDim>
 constexpr int kThreads = kLines / kWarpLines<kDim> * kWarp;
 template <int kDim>
 constexpr int kCtas = 512 / kThreads<kDim>;  // on one multiprocessor, by their registers
-constexpr int kCopies = kHalves * kUnits;    // of 16 bytes each, by every thread for a tile
-
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global), "r"(inside ? 16 : 0));
-}
-
-// What one warp does with its lines of a tile.
-template <class T, int kDim>
-struct Quantizer {
-  static constexpr int kWide = kDim / kUnit;  // units of a line
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-
-  // Neighbouring lines' units swap places, that no two that are read together share banks.
-  static __device__ __forceinline__ int place(int line, int unit) {
-    return line * kWide + (unit ^ (line & 1));
-  }
-
-  // The first of a warp's lines in a tile, from the first row of its unit.
-  __device__ __forceinline__ int first_line(const Step& step) const {
-    return step.chunk * kLines + warp * kWarpLines<kDim>;
-  }
-
-  // Starts copying a warp's lines to its own places in shared memory, whole lines at once.
-  __device__ __forceinline__ void fetch(uint4* slots, const Part& part, const Unit& unit,
-                                        const Step& step) const {
-    constexpr int kTogether = kWarp / kWide;  // lines
-    const View& source = part.tensor.source;
-    const int line = lane / kWide, column = lane % kWide, at = first_line(step) + line;
-    const int64_t head = unit.head_kv * part.group + step.head;
-    const T* from = static_cast<const T*>(source.data) + unit.source + at * source.row +
-                    head * source.head + column * kUnit;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int to = place(line + i * kTogether, column);
-      copy_async(slots + to, from, at + i * kTogether < unit.rows);
-      from += kTogether * source.row;
-    }
-  }
-
-  __device__ __forceinline__ void take(Share& x, const uint4* slots, const uint4* signs,
-                                       const Hadamard16<T>& hadamard, bool turn) const {
-    uint4 packed[kHalves][kUnits];
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const Spot<kDim> spot(i / kUnits, i % kUnits);
-      packed[i / kUnits][i % kUnits] = slots[place(spot.line, spot.unit)];
-    }
-    if (turn) {
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const uint4 turned = signs[Spot<kDim>(i / kUnits, i % kUnits).unit];
-        uint4& own = packed[i / kUnits][i % kUnits];
-        own = {own.x ^ turned.x, own.y ^ turned.y, own.z ^ turned.z, own.w ^ turned.w};
-      }
-      rotate<kDim>(x, packed, hadamard);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        unpack<T>(x[i / kUnits][i % kUnits], packed[i / kUnits][i % kUnits]);
-      }
-    }
-  }
-
-  // Largest magnitude; with `finite`, of what is not Inf. NaN never counts.
-  __device__ __forceinline__ float largest(const Share& x, bool finite) const {
-    float found[2] = {};
-#pragma unroll
-    for (int i = 0; i < kCopies * kUnit; ++i) {
-      const float magnitude = fabsf(x[i / kUnit / kUnits][i / kUnit % kUnits][i % kUnit]);
-      found[i % 2] = fmaxf(found[i % 2], finite && magnitude == INFINITY ? 0.0f : magnitude);
-    }
-    return fmaxf(found[0], found[1]);
-  }
-
-  static __device__ __forceinline__ uint32_t round_four(const float* x, float inverse,
-                                                        bool infinite) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      float2 pair = {x[e] * inverse, x[e + 1] * inverse};
-      if (infinite) {
-        if (isinf(x[e])) pair.x = NAN;
-        if (isinf(x[e + 1])) pair.y = NAN;
-      }
-      const uint32_t two = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
-      word |= two << e * 8;
-    }
-    return word;
-  }
-
-  __device__ __forceinline__ void store(const Share& x, const Part& part, const Unit& unit,
-                                        const Step& step, float inverse, bool infinite) const {
-    const int head = unit.head_kv * part.group + step.head;
-#pragma unroll
-    for (int i = 0; i < kCopies; i += 2) {
-      const Spot<kDim> spot(i / kUnits, i % kUnits);
-      const int at = first_line(step) + spot.line;
-      if (at >= unit.rows) continue;
-      const int64_t line = (unit.stored + at) * part.tensor.heads + head;
-      const float *first = x[i / kUnits][i % kUnits], *second = x[i / kUnits][i % kUnits + 1];
-      const uint4 packed = {
-          round_four(first, inverse, infinite), round_four(first + 4, inverse, infinite),
-          round_four(second, inverse, infinite), round_four(second + 4, inverse, infinite)};
-      __stcs(static_cast<uint4*>(part.tensor.stored) + (line * kWide + spot.unit) / 2, packed);
-    }
-  }
-};
 
 // The largest of all threads' values, which are not negative and so ordered like their bits.
 // `scratch` has one place for each warp, and a neighbour in time has another scratch.
@@ -216,7 +102,12 @@ __global__ void __launch_bounds__(kThreads<kDim>, kCtas<kDim>)
     }
     const bool alone = part.group * part.chunks == 1;
     if (kPass == Pass::kRound || (kPass == Pass::kAll && (alone || step.again))) {
-      quantizer.store(x, part, unit, step, inverse, infinite);
+      if (infinite) quantizer.clear_infinite(x);
+      if (part.tensor.rotate) {
+        quantizer.store(x, part, unit, step, inverse);
+      } else {
+        quantizer.store_plain(x, part, unit, step, inverse);
+      }
     }
     step = next;
     unit = coming;

@@ -18,6 +18,7 @@ struct QuantizeTensor {
   int batch = 0, rows = 0, heads = 0, heads_kv = 0;
   int block_rows = 0;   // rows of a block; heads / heads_kv heads share its scale
   bool rotate = false;  // random signs and the Hadamard matrix over dim
+  bool spread = false;  // where not rotated: errors of a column cancel over rows
 };
 
 struct QuantizeParams {

@@ -17,6 +17,7 @@ from flash.spec import Varlen
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 GRANULARITIES = ("block", "head", "tensor")
+SPREAD_ROWS, SPREAD_SHARE = 8, 0.125
 
 
 class QuantizedQKV(NamedTuple):
@@ -45,7 +46,7 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
         raise ValueError(f"block_q={block_q}, block_kv={block_kv}; both must be positive")
     heads_kv = k.shape[2]
     tasks = [Task(q, block_q, heads_kv, hadamard), Task(k, block_kv, heads_kv, hadamard),
-             Task(v, block_kv, heads_kv, False)]  # fmt: skip
+             Task(v, block_kv, heads_kv, False, spread=True)]  # fmt: skip
     return _joined(tasks, granularity)
 
 
@@ -58,8 +59,9 @@ def quantize_packed(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen,
     ends_q = (varlen.cu_seqlens_q, varlen.max_seqlen_q)
     ends_k = (varlen.cu_seqlens_k, varlen.max_seqlen_k)
     heads_kv = k.shape[1]
-    tasks = [Task(q, block, heads_kv, hadamard, ends_q), Task(k, block, heads_kv, hadamard, ends_k),
-             Task(v, block, heads_kv, False, ends_k)]  # fmt: skip
+    tasks = [Task(q, block, heads_kv, hadamard, packed=ends_q),
+             Task(k, block, heads_kv, hadamard, packed=ends_k),
+             Task(v, block, heads_kv, False, True, ends_k)]  # fmt: skip
     return _joined(tasks, "block")
 
 
@@ -79,19 +81,21 @@ def _plainly(task: Task, granularity: str) -> tuple[Tensor, Tensor]:
     turned = signed_sums(task.x) if task.rotate else task.x
     norm = task.x.shape[-1] ** -0.5 if task.rotate else 1.0
     if task.packed is None:
-        return quantize(turned, granularity, task.block, task.heads_kv, norm)
-    cu_seqlens, longest = task.packed
-    return _by_sequence(turned, cu_seqlens.tolist(), longest, task.block, task.heads_kv, norm)
+        return quantize(turned, granularity, task.block, task.heads_kv, norm, task.spread)
+    return _by_sequence(turned, task, norm)
 
 
-def _by_sequence(x: Tensor, ends: list[int], longest: int, block: int, heads_kv: int,
-                 norm: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    blocks = max(1, -(-longest // block))
+def _by_sequence(x: Tensor, task: Task, norm: float) -> tuple[Tensor, Tensor]:
+    assert task.packed is not None
+    ends, heads_kv = task.packed[0].tolist(), task.heads_kv
+    blocks = max(1, -(-task.packed[1] // task.block))
     stored = torch.zeros(x.shape, dtype=E4M3, device=x.device)
     scale = torch.ones(len(ends) - 1, blocks, heads_kv, device=x.device)
     for i, (begin, end) in enumerate(itertools.pairwise(ends)):
         if end > begin:
-            part, found = quantize(x[None, begin:end], "block", block, heads_kv, norm)
+            part, found = quantize(
+                x[None, begin:end], "block", task.block, heads_kv, norm, task.spread
+            )
             stored[begin:end] = part[0]
             scale[i, : found.shape[1]] = found[0]
     return stored, scale
@@ -131,8 +135,11 @@ def random_signs(dim: int) -> Tensor:
 
 
 def quantize(x: Tensor, granularity: str, block: int, heads_kv: int,
-             norm: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(e4m3 values, (batch, blocks, heads_kv) scales) of x * norm, x (batch, rows, heads, dim)."""
+             norm: float = 1.0, spread: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(e4m3 values, (batch, blocks, heads_kv) scales) of x * norm, x (batch, rows, heads, dim).
+
+    Each value is rounded to the nearest, or with `spread` so that errors cancel over rows.
+    """
     batch, rows, heads, dim = x.shape
     if granularity != "block":
         block = max(1, rows)
@@ -144,10 +151,32 @@ def quantize(x: Tensor, granularity: str, block: int, heads_kv: int,
     tiny = torch.finfo(torch.float32).tiny
     scale = torch.where(amax > 0, (amax / E4M3_MAX).clamp_min(tiny), torch.ones_like(amax))
     stored = tiles * scale.reciprocal()[:, :, None, :, None, None]
-    stored = stored.clamp(-E4M3_MAX, E4M3_MAX)
     stored = stored.masked_fill(tiles.isinf(), math.nan)  # e4m3 has no infinity
+    stored = spread_errors(stored) if spread else stored.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     scale = torch.where(amax > 0, scale * norm, scale)
-    return stored.reshape(padded.shape)[:, :rows].contiguous().to(E4M3), scale
+    return stored.reshape(padded.shape)[:, :rows].contiguous(), scale
+
+
+def spread_errors(x: Tensor) -> Tensor:
+    """Rounds (batch, blocks, rows, .., dim); an eighth of what chains of 8 rows lost so far goes to
+    the next row. O adds up V over keys: where many count alike, their errors cancel.
+
+    A chain is what one thread of the kernel holds: rows of the same column that stand apart by the
+    lines which a warp copies at once.
+    """
+    apart = max(1, 256 // x.shape[-1])
+    rows = x.shape[2]
+    x = torch.nn.functional.pad(x.movedim(2, -1), (0, -rows % (SPREAD_ROWS * apart)))
+    chains = x.unflatten(-1, (-1, SPREAD_ROWS, apart))
+    lost = torch.zeros_like(chains[..., 0, :])
+    found = []
+    for exact in chains.unbind(-2):
+        stored = (exact + lost * SPREAD_SHARE).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        off = exact - stored.float()
+        lost = lost + torch.where(off.abs() <= E4M3_MAX, off, 0.0)  # not of NaN
+        found.append(stored.view(torch.uint8))
+    joined = torch.stack(found, -2).flatten(-3)[..., :rows]
+    return joined.movedim(-1, 2).contiguous().view(E4M3)
 
 
 def amax_of(magnitude: Tensor, whole_tensor: bool) -> Tensor:

@@ -190,12 +190,12 @@ def test_packed(version: str, dim: int, causal: bool) -> None:
 @pytest.mark.parametrize(
     "version", [V3] if quantizer.module() and arch_of(DEVICE) == (9, 0) else []
 )
-@pytest.mark.parametrize("hadamard", [True, False])
+@pytest.mark.parametrize("how", ["turned", "nearest", "spread"])
 @pytest.mark.parametrize("granularity", ["block", "head", "tensor"])
 @pytest.mark.parametrize("dim", quantizer.HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_quantizer_gives_what_the_cpu_gives(
-    version: str, dim: int, granularity: str, hadamard: bool, dtype: torch.dtype
+    version: str, dim: int, granularity: str, how: str, dtype: torch.dtype
 ) -> None:
     """Bit for bit; where the tensor cores' sums of 16 are not exact, a last bit of fp32 apart."""
     for rows, heads, heads_kv, block in ((300, 2, 2, 128), (128, 8, 2, 128), (450, 6, 3, 64),
@@ -203,12 +203,13 @@ def test_quantizer_gives_what_the_cpu_gives(
         x = torch.randn(2, rows, heads, dim).to(dtype)
         if rows > 100 and heads > 1:
             x[0, 5, 1, 3], x[1, 100, 0, 9] = float("inf"), float("nan")
-        turned, norm = (signed_sums(x), dim**-0.5) if hadamard else (x, 1.0)
-        wanted, wanted_scale = quantize(turned, granularity, block, heads_kv, norm)
-        task = Task(x.to(DEVICE), block, heads_kv, hadamard)
+        turned, norm = (signed_sums(x), dim**-0.5) if how == "turned" else (x, 1.0)
+        spread = how == "spread"
+        wanted, wanted_scale = quantize(turned, granularity, block, heads_kv, norm, spread)
+        task = Task(x.to(DEVICE), block, heads_kv, how == "turned", spread)
         assert quantizer.serves(task.x)
         [(found, scale)] = quantizer.quantize([task], granularity)
-        assert_same(found.cpu(), scale.cpu(), wanted, wanted_scale, exact=not hadamard)
+        assert_same(found.cpu(), scale.cpu(), wanted, wanted_scale, exact=how != "turned")
 
 
 def assert_same(found: Tensor, scale: Tensor, wanted: Tensor, wanted_scale: Tensor, *,
@@ -236,7 +237,7 @@ def test_quantizer_takes_all_three_at_once(
     k = torch.randn(2, 4, 1000, dims[0], device=DEVICE).bfloat16().transpose(1, 2)
     v = torch.randn(2, 1000, 4, dims[1], device=DEVICE).bfloat16()
     q[0, 3, 2, 1] = v[1, 999, 3, 60] = float("inf")
-    tasks = [Task(q, 128, 4, True), Task(k, 64, 4, True), Task(v, 128, 4, False)]
+    tasks = [Task(q, 128, 4, True), Task(k, 64, 4, True), Task(v, 128, 4, False, True)]
     together = quantizer.quantize(tasks, granularity)
     for task, (found, scale) in zip(tasks, together, strict=True):
         [(alone, alone_scale)] = quantizer.quantize([task], granularity)

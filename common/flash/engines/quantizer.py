@@ -58,6 +58,7 @@ class Task(NamedTuple):
     block: int  # rows that share a scale
     heads_kv: int
     rotate: bool
+    spread: bool = False  # errors of a column cancel over rows; not of what is rotated
     packed: tuple[Tensor, int] | None = None  # (cu_seqlens, longest) of (total, heads, dim)
 
 
@@ -108,4 +109,4 @@ def _described(task: Task, stored: Tensor, scale: Tensor, amax: Tensor | None) -
     sizes = (*_sizes(task), x.shape[-2], task.heads_kv, task.block)
     places = (stored.data_ptr(), scale.data_ptr(), 0 if amax is None else amax.data_ptr(),
               0 if packed is None else packed[0].data_ptr())  # fmt: skip
-    return (x.data_ptr(), *strides), sizes, task.rotate, places
+    return (x.data_ptr(), *strides), sizes, task.rotate, task.spread, places
