@@ -82,4 +82,17 @@ __device__ __forceinline__ void gemm_dq(float (&d)[N], const Element (&ds)[kKeys
   }
 }
 
+// dQ^T: D (64 dims, rows) = K^T (dims, all keys) from registers, dS^T (all keys, rows).
+template <class Element, int N, int kSlabs, int kKeys, int kRows>
+__device__ __forceinline__ void gemm_dq_transposed(float (&d)[N], const uint32_t (&k)[kSlabs],
+                                                   const Element (&ds)[kKeys][kRows]) {
+  static_assert(kSlabs == kKeys / 4 && kRows == kChunkColumns, "A and B must be equally deep");
+  const uint64_t rows = descriptor_mn(ds, sizeof(ds));
+#pragma unroll
+  for (int i = 0; i < kKeys / 16; ++i) {
+    wgmma<2 * N>::template rs<Element, Major::kMN>(d, k + 4 * i, advance(rows, i * kSlabRowsBytes),
+                                                   i > 0);
+  }
+}
+
 }  // namespace flash::v3

@@ -24,13 +24,6 @@ constexpr auto forward_kernel_of() {
   }
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // Query tiles in all; for packed sequences an upper bound.
 template <class Traits>
 int64_t count_tiles(const Problem& p) {
