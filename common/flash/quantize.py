@@ -39,6 +39,7 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
     "block": one scale for each K/V head and block of rows (of Q: over the query heads that share
     the K/V head). "head": one for each (batch, K/V head). "tensor": one in all. `hadamard` turns Q
     and K by the same random orthogonal matrix, which leaves Q K^T as it is and spreads outliers.
+    V is rounded so that the errors of a column cancel over its rows; Q and K to the nearest.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity={granularity!r}; known: {', '.join(GRANULARITIES)}")
