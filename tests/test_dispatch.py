@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import re
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 import flash
 from flash.capability import BACKENDS, VERSIONS, arch_name, capability, parse_arch
 from flash.dispatch import Built, Decision, Request, decide, no_backend
+from flash.engines import kernels
 
 ARCHS = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), "cpu")
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -111,6 +114,31 @@ def test_instances_of_the_build_count(version: str) -> None:
         assert "build here" in decision.reasons[version][0]
 
 
+def test_too_little_shared_memory_is_a_reason() -> None:
+    rows = [frozenset({("backward", "bfloat16", d, d)}) for d in (64, 256)]
+    built = {"v2_parallel": Built("", *rows)}
+    assert decide((8, 0), Request(BF16, 64, 64, "backward"), built).backend == "v2_parallel"
+    decision = decide((8, 0), Request(BF16, 256, 256, "backward"), built)
+    assert decision.backend == "torch"
+    assert "too little shared memory" in decision.reasons["v2_parallel"][0]
+    named = decide((8, 0), Request(BF16, 256, 256, "backward", "v2_parallel"), built)
+    assert isinstance(no_backend(named), flash.BackendUnavailableError)
+
+
+def test_kernels_without_room_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = frozenset({(0, 1, 64, 64), (1, 1, 64, 64), (1, 1, 256, 256)})
+    module = SimpleNamespace(
+        Problem=SimpleNamespace,
+        plan=lambda direction, p: {"shared_bytes": (direction + 1) * p.head_dim * 400},
+    )
+    room = SimpleNamespace(shared_memory_per_block_optin=163 << 10)
+    monkeypatch.setattr(kernels, "load", lambda version: kernels.Module(module, ""))
+    monkeypatch.setattr(kernels, "instances", lambda version: rows)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert kernels.too_large.__wrapped__("v2_parallel", 0) == {(1, 1, 256, 256)}
+
+
 def test_probe_failure_is_a_reason() -> None:
     why = "its module cannot run on this device: no kernel image is available"
     decision = decide((9, 0), Request(BF16, 64, 64), {"v3_hopper": Built(why)})
@@ -142,8 +170,6 @@ def test_wrong_gpu_is_unavailable(arch: str) -> None:
 
 
 def test_not_built_says_how_to_build() -> None:
-    from flash.engines import kernels
-
     built = {"v2_parallel": Built(f"its kernels are not built here; {kernels.how_to_build('v2')}")}
     error = no_backend(decide((8, 0), Request(BF16, 64, 64, backend="v2_parallel"), built))
     assert isinstance(error, flash.BackendUnavailableError)

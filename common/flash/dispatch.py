@@ -46,6 +46,7 @@ class Built(NamedTuple):
 
     reason: str = ""  # not empty: cannot run here, and why
     instances: frozenset[tuple[str, str, int, int]] | None = None  # None: all of the table
+    too_large: frozenset[tuple[str, str, int, int]] = frozenset()  # for this GPU
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,19 @@ def _build_reasons(built: Built, request: Request) -> list[str]:
     if built.instances is None:
         return []
     dtype = DTYPES[request.dtype]
-    dims = tuple(
-        sorted((d, dv) for way, kind, d, dv in built.instances
-               if way == request.direction and kind == dtype)
-    )  # fmt: skip
+
+    def listed(rows: frozenset[tuple[str, str, int, int]]) -> tuple[tuple[int, int], ...]:
+        return tuple(
+            sorted((d, dv) for way, kind, d, dv in rows
+                   if way == request.direction and kind == dtype)
+        )  # fmt: skip
+
+    dims = listed(built.instances)
     if _fits(dims, request, exact=False):
         return []
+    if _fits(listed(built.too_large), request, exact=False):
+        what = f"a {request.direction} tile of head dim {request.head_dim}"
+        return [f"this GPU has too little shared memory for {what}"]
     have = f"only head dims {_dims_text(dims)}" if dims else "no kernel"
     return [f"the build here has {have} for {request.direction} in {dtype}"]
 
@@ -198,10 +206,14 @@ def built_here(device: int) -> Mapping[str, Built]:
             found[version] = Built(loaded.reason)
             continue
         rows = kernels.instances(version)
-        have = frozenset((ways[w], names[c], d, dv) for w, c, d, dv in rows)
         refusal = kernels.probe(version, device)
         reason = f"its module cannot run on this device: {refusal}" if refusal else ""
-        found[version] = Built(reason, have)
+        large = frozenset() if reason else kernels.too_large(version, device)
+        sets = [
+            frozenset((ways[w], names[c], d, dv) for w, c, d, dv in kept)
+            for kept in (rows - large, large)
+        ]
+        found[version] = Built(reason, *sets)
     return found
 
 
@@ -215,7 +227,9 @@ def no_backend(decision: Decision) -> FlashError:
     able = [n for n, why in decision.reasons.items() if "could serve" in why[0]]
     advice = f"use backend={able[0]!r} or 'auto'" if able else "change dtype or head dim"
     text = f"{asked}{verb} {what}; {advice}:\n{describe_reasons(decision.reasons)}"
-    machine = ("needs compute capability", "its kernels", "its module", "the build", "flash.")
+    machine = (
+        "needs compute capability", "its kernels", "its module", "the build", "flash.", "this GPU",
+    )  # fmt: skip
     named = decision.reasons.get(request.backend, ())
     absent = named and all(why.startswith(machine) for why in named)
     kind: type[FlashError] = BackendUnavailableError if absent else UnsupportedError

@@ -66,6 +66,24 @@ def probe(version: str, device: int) -> str:
 
 
 @cache
+def too_large(version: str, device: int) -> frozenset[tuple[int, int, int, int]]:
+    """The kernels for whose smallest tile this device has too little shared memory."""
+    module = load(version).module
+    properties = torch.cuda.get_device_properties(device)
+    room = getattr(properties, "shared_memory_per_block_optin", 1 << 30)
+    found = set()
+    with torch.cuda.device(device):
+        for direction, code, dim, dim_v in instances(version):
+            p = module.Problem()
+            p.dtype, p.head_dim, p.head_dim_v = code, dim, dim_v
+            p.batch = p.heads_q = p.heads_kv = 1
+            p.seqlen_q = p.seqlen_k = p.total_q = p.total_k = 4096
+            if module.plan(direction, p)["shared_bytes"] > room:
+                found.add((direction, code, dim, dim_v))
+    return frozenset(found)
+
+
+@cache
 def engine(version: str) -> Kernels:
     loaded = load(version)
     if loaded.module is None:
