@@ -1,4 +1,4 @@
-"""v3's backward kernels as racecheck can follow them: every lane of a warp arrives at a barrier.
+"""v3's kernels as racecheck can follow them: every lane of a warp arrives at a barrier.
 
 In the kernels one lane arrives for its warp, behind a __syncwarp. By the PTX memory model that
 orders whatever all lanes have read and written before; racecheck does not follow it, which
@@ -34,4 +34,9 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     (_LOAD, "    if (clean) return;\n",
      "    if (clean) {\n      if (!leader) full.arrive();\n      return;\n    }\n"),
     (_LOAD, "    if (leader) full.arrive();\n", "    full.arrive();\n"),
+    ("v3_hopper/fp8_load.cuh", ".init(kTransposers);", ".init(32 * kTransposers);"),
+    ("v3_hopper/fp8_transpose.cuh",
+     "      shared.v_full[done].arrive();\n      shared.raw_empty[from].arrive();\n    }\n",
+     "    }\n    shared.v_full[tile.slot<Traits::kStages>()].arrive();\n"
+     "    shared.raw_empty[from].arrive();\n"),
 ))  # fmt: skip

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from bench import digest, kernel_calls, record, script, variants
@@ -30,8 +31,9 @@ from flash.study.competitors import OURS
 
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 PROBE = digest.ROOT / "bench" / "race_probe.cu"
-EVERY_LANE_SEES = ("v3", "backward", "racecheck")
-DIMS = "64;96;128;192;256"
+EVERY_LANE_SEES = ("v3", "racecheck")
+BUILDING = Lock()
+DIMS, DTYPES = "64;96;128;192;256", "fp16;bf16;e4m3"
 TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")
 OPTIONS = {"memcheck": ("--padding", "256"), "racecheck": ("--racecheck-report", "analysis")}
 DIRECTIONS = ("forward", "backward")
@@ -61,8 +63,9 @@ def inspect(name: str, direction: str, tool: str, args: argparse.Namespace) -> R
     """One part: the row that is recorded."""
     version, path = OURS[name], os.environ.get("PYTHONPATH", "")
     about: Row = {}
-    if (name, direction, tool) == EVERY_LANE_SEES:
-        place = variants.build(EVERY_LANE, args.place, DIMS, "fp16;bf16", "forward;backward")
+    if (name, tool) == EVERY_LANE_SEES:
+        with BUILDING:  # forward and backward share the copies
+            place = variants.build(EVERY_LANE, args.place, DIMS, DTYPES, "forward;backward")
         path, about = f"{place}{os.pathsep}{path}", {"without": EVERY_LANE.without}
     begin = time.monotonic()
     command = [SANITIZER, "--tool", tool, *OPTIONS.get(tool, ()), "--kernel-name", "kns=flash",

@@ -68,7 +68,7 @@ def test_every_kernel_repeats_its_bits(version: str) -> None:
 
 @recorded
 def test_racecheck_does_not_follow_one_lane_that_arrives_for_its_warp() -> None:
-    """Why it is given copies of v3's backward kernels in which every lane arrives for itself."""
+    """Why it is given copies of v3's kernels in which every lane arrives for itself."""
     for path in FILES:
         if path.name == "sanitizer.json":
             probe = record.read(path)["probe"]
