@@ -132,8 +132,7 @@ __device__ __forceinline__ void split_kv(Shared<Traits>& smem, int j) {
       split_group<Traits>(smem.k(j), smem.k_scales(j), row);
       split_group<Traits>(smem.v(j), smem.v_scales(j), row);
     });
-    __syncwarp();  // the warp's rows are complete
-    if (threadIdx.x % 32 == 0) barrier_arrive(smem.kv_full(j));
+    barrier_arrive(smem.kv_full(j));
   }
 }
 
@@ -191,9 +190,7 @@ __device__ __forceinline__ void wait_kv(Shared<Traits>& smem, const Tile<Traits>
 // block may take its place.
 template <class Traits>
 __device__ __forceinline__ void release_kv(Shared<Traits>& smem, const Tile<Traits>& tile, int j) {
-  if (!tile.last_turn) return;
-  __syncwarp();  // every lane has read its fragments
-  if (threadIdx.x % 32 == 0) barrier_arrive(smem.kv_free(j));
+  if (tile.last_turn) barrier_arrive(smem.kv_free(j));
 }
 
 }  // namespace flash::v1

@@ -108,37 +108,45 @@ struct Tile {
   }
 };
 
-// The visits of one warp, one after another: Q blocks inner, passes outer, slices around both.
+// The visits of one warp, one after another: Q blocks inner, passes outer, slices around both. One
+// lane writes them down for all.
 template <class Traits>
 struct Visits {
   Tile<Traits>& tile;
   Tile<Traits>& next;  // the slice after: its K/V blocks already come in
-  int round;
+  int round = 0;
 
   __device__ __forceinline__ Visits(Shared<Traits>& smem, const ForwardParams& p, const Grid& grid)
       : tile(smem.template tile<Tile<Traits>>(0)), next(smem.template tile<Tile<Traits>>(1)) {
-    round = next.find(p, grid, 0);
-    tile.blocks = tile.pass = {0, 0};
-    tile.turn = grid.turns - 1;
+    if (threadIdx.x % 32 == 0) {
+      round = next.find(p, grid, 0);
+      tile.blocks = tile.pass = {0, 0};
+      tile.turn = grid.turns - 1;
+    }
     __syncwarp();  // every lane sees the tiles
   }
 
   __device__ __forceinline__ bool advance(Shared<Traits>& smem, const ForwardParams& p,
                                           const Grid& grid) {
+    const bool pass_ends = tile.turn == grid.turns - 1;
+    const bool slice_ends = pass_ends && tile.pass.end >= tile.blocks.end;
+    if (slice_ends && !next.exists) return false;
+    const int begin = slice_ends ? next.blocks.begin : tile.pass.end;
+    if (pass_ends) smem.ring.advance(tile.pass.end);
+    if (slice_ends) smem.ring.rename(begin);
     __syncwarp();  // no lane reads the last visit any more
-    if (++tile.turn == grid.turns) {
-      smem.ring.advance(tile.pass.end);
-      if (tile.pass.end < tile.blocks.end) {
-        tile.start_pass(tile.pass.end);
-      } else {
-        if (!next.exists) return false;
+    if (threadIdx.x % 32 == 0) {
+      if (slice_ends) {
         tile = next;
         round = next.find(p, grid, round);
-        smem.ring.rename(tile.blocks.begin);
-        tile.start_pass(tile.blocks.begin);
       }
+      if (pass_ends) {
+        tile.start_pass(begin);
+      } else {
+        ++tile.turn;
+      }
+      tile.start_visit(grid);
     }
-    tile.start_visit(grid);
     __syncwarp();  // every lane sees the visit
     return true;
   }

@@ -120,8 +120,8 @@ struct Shared {
   __device__ __forceinline__ explicit Shared(int stages) : ring{stages} {
     if (threadIdx.x == 0) {
       for (int j = 0; j < stages; ++j) {
-        barrier_init(kv_full(j), Traits::kFloat32 ? blockDim.x / 32 : blockDim.x);
-        barrier_init(kv_free(j), blockDim.x / 32);
+        barrier_init(kv_full(j), blockDim.x);
+        barrier_init(kv_free(j), blockDim.x);
       }
     }
     if (threadIdx.x % 32 == 0) barrier_init(q_full(), 32);
