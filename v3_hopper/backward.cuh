@@ -65,18 +65,13 @@ struct KeyConsumer {
     return !sequence.all_visible(row, Traits::kBlockQ, first_key, 64);
   }
 
-  // Are there keys that dQ would spread to rows that do not see them? Same answer in all threads.
-  __device__ __forceinline__ bool find_poison() const {
-    const int begin = tile.block * Traits::kBlockKV;
-    const Range rows = sequence.rows(begin, Traits::kBlockKV);
-    if (sequence.all_visible(rows.begin, rows.end - rows.begin, begin, Traits::kBlockKV)) {
-      return false;
-    }
-    return any_at(kKeysRead, kThreads, find_non_finite(shared.k, key, 64, kWarpgroup));
-  }
-  __device__ __forceinline__ void remove_poison() const {
-    remove_non_finite(shared.k, key, 64, kWarpgroup, shared.poison);
-    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);  // these keys are zero now
+  // Keys that are not finite become zero, before dQ spreads them to rows that do not see them.
+  __device__ __forceinline__ void remove_poison(int slot) const {
+    int first = key;
+    asm volatile("" : "+r"(first));  // else every step prepares for it
+    remove_non_finite(shared.k, first, 64, kWarpgroup, shared.poison);
+    named_sync(kKeysRead, kThreads);  // all keys are finite, and all have seen the sign
+    if (threadIdx.x == kWarpgroup) shared.suspicious[slot] = 0;
   }
 
   // Rounds a gradient into this warpgroup's rows of a tile that nobody reads any more.
@@ -141,10 +136,13 @@ __device__ __forceinline__ void issue_scores(const KeyConsumer<Traits>& self, Fr
 template <class Traits>
 __device__ __forceinline__ void find_probabilities(const KeyConsumer<Traits>& self,
                                                    Fragments<Traits>& r, const Exponent& exponent,
-                                                   int slot) {
+                                                   int slot, int slot_ds) {
   pin(r.s);
-  if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
   r.masked = self.masked(r.row);
+  if (r.masked && hides_non_finite(r.s, self.sequence, self.position(r.row))) {
+    self.shared.suspicious[slot_ds] = 1;
+  }
+  if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
   if (r.masked) mask(r.s, self.sequence, self.position(r.row), exponent.hidden());
   float p[Traits::kBlockQ / 2];
   probabilities<Traits::kSoftcap>(r.s, p, self.shared.lse[slot] + self.column(), exponent.scale);
@@ -183,6 +181,18 @@ __device__ __forceinline__ void hand_over_dq(const KeyConsumer<Traits>& self, Fr
   self.arrive(shared.dq_full[self.warpgroup]);
 }
 
+// A gradient leaves by way of this warpgroup's rows of V, which nobody reads any more.
+template <class Traits, int N>
+__device__ __forceinline__ void store_by_v(const KeyConsumer<Traits>& self, float (&d)[N],
+                                           float scale, const View& view, int columns) {
+  int mine = self.key - self.first_key + self.position(0).key;
+  asm volatile("" : "+r"(mine));  // else every step prepares for it
+  spoil(d, self.shared.poison, mine);
+  self.stage(self.shared.v, d, scale);
+  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have staged
+  self.store(self.shared.v, view, columns);
+}
+
 // One block of query rows, from P to dQ; and, unless it is the last, S and P of the next.
 template <class Traits, bool kLast>
 __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
@@ -215,6 +225,7 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   if constexpr (!kLast) issue_scores(self, r, ring.q);
   if constexpr (kNextDP == 1) issue_dp(self, r, ring.dout);
   named_sync(kScoreGradientStored, KeyConsumer<Traits>::kThreads);  // dS of all keys is there
+  if (shared.suspicious[slot]) self.remove_poison(slot);
   wgmma_begin();
   gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
   wgmma_commit();
@@ -228,21 +239,14 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
     wgmma_wait<2 + kNextDP>();  // S is there, and the dV before it
     pin(r.p16);                 // whose operand may change
     self.arrive(shared.dout_free[slot_do]);
-    find_probabilities(self, r, exponent, ring.q.slot);
+    find_probabilities(self, r, exponent, ring.q.slot, ring.ds.slot);
+  } else {
+    wgmma_wait<2>();  // dV is there, and leaves while dQ and dK are computed
+    pin(r.p16);
+    pin(r.dv);
+    store_by_v(self, r.dv, 1.0f, self.p.dv, self.p.head_dim_v);
   }
   hand_over_dq<Traits>(self, r, slot);
-}
-
-// dK and dV leave by way of the memory of K and V, which nobody reads any more.
-template <class Traits>
-__device__ __forceinline__ void store_gradients(const KeyConsumer<Traits>& self,
-                                                Fragments<Traits>& r) {
-  named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);
-  self.stage(self.shared.v, r.dv, 1.0f);
-  self.stage(self.shared.k, r.dk, self.p.scale);
-  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have staged
-  self.store(self.shared.v, self.p.dv, self.p.head_dim_v);
-  self.store(self.shared.k, self.p.dk, self.p.head_dim);
 }
 
 template <class Traits>
@@ -263,7 +267,6 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
       load_fragment(r.k, shared.k, self.key);
       pin(r.k);
     }
-    if (self.find_poison()) self.remove_poison();
     issue_scores(self, r, ring.q);
     shared.v_full.wait(0);
     if constexpr (Traits::kRoomy) {
@@ -277,20 +280,18 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
       wgmma_wait<0>();
       pin(r.dp);
     }
-    find_probabilities(self, r, exponent, 0);
+    find_probabilities(self, r, exponent, 0, 0);
     for (int i = 0; i < steps - 1; ++i) {
       take_step<Traits, false>(self, r, exponent, ring, i == 0);
     }
     take_step<Traits, true>(self, r, exponent, ring, steps == 1);
     wgmma_wait<0>();
-    pin(r.p16);
     pin(r.dk);
-    pin(r.dv);
-    const int first = self.key - self.first_key + self.position(0).key;
-    spoil(r.dk, shared.poison, first);
-    spoil(r.dv, shared.poison, first);
+  } else {
+    store_by_v(self, r.dv, 1.0f, p.dv, p.head_dim_v);
   }
-  store_gradients(self, r);
+  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have copied dV
+  store_by_v(self, r.dk, p.scale, p.dk, p.head_dim);
 }
 
 template <class Traits>
@@ -311,6 +312,7 @@ __global__ __launch_bounds__(Traits::kThreads,
       shared.dq_free[i].init(1);
     }
     for (uint32_t& bits : shared.poison) bits = 0;
+    shared.suspicious[0] = shared.suspicious[1] = 0;
     init_barriers<Traits>(shared);
   }
   __syncthreads();

@@ -18,10 +18,11 @@ struct RowBlock {
   bool sees_keys;
 
   __device__ __forceinline__ RowBlock(const BackwardParams& p, const Scratch& scratch) {
-    const int blocks = int(blocks_of(p.seqlen_q));  // of every head, in one dimension of the grid
-    const int block = blockIdx.x % blocks;
-    head = blockIdx.x / blocks % p.heads_q;
-    batch = blockIdx.x / blocks / p.heads_q;
+    // One dimension of the grid; heads vary first, since their rows mostly lie side by side.
+    const int blocks = int(blocks_of(p.seqlen_q));
+    head = blockIdx.x % p.heads_q;
+    const int block = blockIdx.x / p.heads_q % blocks;
+    batch = blockIdx.x / p.heads_q / blocks;
     const Sequence sequence(p, batch);
     row = block * kGradientRows;
     rows = min(kGradientRows, sequence.seqlen_q - row);

@@ -53,6 +53,7 @@ struct BackwardTraits {
     float lse[kStagesQ][kBlockQ];
     float delta[kStagesDO][kBlockQ];
     int row[kStagesQ];               // first row of the block in the slot
+    int suspicious[2];               // per slot of dS: a masked score was not finite
     uint32_t poison[kBlockKV / 32];  // a bit for every key that was not finite
     Barrier k_full, v_full, landed;
     Barrier q_full[kStagesQ], q_free[kStagesQ];
