@@ -104,6 +104,7 @@ VARIANTS = (
             (("bench/feeder.cuh", "v3_hopper/feeder.cuh"),)),
     Variant(*V3, "a ring (one stage of K and of V)", (
         ("v3_hopper/traits.cuh", "kStages = 2,", "kStages = 1,"),
+        ("v3_hopper/traits.cuh", "kStages = 3,", "kStages = 1,"),
         ("v3_hopper/traits.cuh", "kStages = 4,", "kStages = 1,"))),
 )  # fmt: skip
 

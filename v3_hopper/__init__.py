@@ -19,7 +19,7 @@ CAPABILITY = Capability(
         ("forward", 96, 96): Tile(128, 128, 2, 384),
         ("forward", 128, 128): Tile(128, 128, 2, 384),
         ("forward", 192, 128): Tile(128, 128, 2, 384),
-        ("forward", 192, 192): Tile(128, 112, 2, 384),
+        ("forward", 192, 192): Tile(128, 64, 3, 384),
         ("forward", 256, 256): Tile(128, 64, 2, 384),
         ("backward", 64, 64): Tile(64, 128, 3, 512),
         ("backward", 96, 96): Tile(64, 128, 3, 384),
@@ -28,6 +28,11 @@ CAPABILITY = Capability(
         ("backward", 192, 192): Tile(64, 64, 2, 384),
         ("backward", 256, 256): Tile(64, 64, 2, 384),
     },
+    long_tiles={
+        ("forward", 96, 96): Tile(192, 96, 2, 512),
+        ("forward", 128, 128): Tile(192, 64, 3, 512),
+    },
+    long_rows=8192,
     alignment=16,
     exact_head_dims=("float8_e4m3fn",),
 )  # fmt: skip

@@ -1,6 +1,7 @@
 // One consumer warpgroup: what it keeps in registers, and what it does with that beside GEMMs.
 #pragma once
 
+#include "v3_hopper/gemm.cuh"
 #include "v3_hopper/guard.cuh"
 #include "v3_hopper/settle.cuh"
 #include "v3_hopper/store.cuh"
@@ -41,6 +42,34 @@ struct Consumer {
     }
     pipe.release_work(work);
     clear(rO);
+  }
+
+  // Where Q has one buffer: the last P V of a tile, under which the next Q comes, then the next S,
+  // under which O leaves. False at the end of the stream.
+  __device__ __forceinline__ bool change_tile(const Work& previous) {
+    pipe.take_turn();
+    gemm_pv<Traits>(rO, rP, pipe.wait_v());
+    pipe.give_turn();
+    wgmma_wait<0>();
+    pin(rO);
+    pipe.release_v();
+    const bool more = next.open_tile(pipe);
+    if (!more) {
+      finish(previous, softmax.state);
+      return false;
+    }
+    const auto* sK = pipe.wait_k();
+    pipe.take_turn();
+    gemm_qk<Traits>(rS, pipe.tile_q(), sK);
+    pipe.give_turn();
+    finish(previous, softmax.state);
+    wgmma_wait<0>();
+    pin(rS);
+    soften<true>(sK);
+    pipe.release_k();
+    if (next.last()) pipe.release_q();
+    pack<Traits>(rP, rS);
+    return true;
   }
 
   // In forward.cuh: one block, and the whole stream.

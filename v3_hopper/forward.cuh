@@ -59,8 +59,12 @@ __device__ __forceinline__ void Consumer<Traits>::run() {
       step<false>(work);
     }
     pipe.q.advance();
-    if (!next.open_tile(pipe)) break;
-    step<true>(work);
+    if constexpr (Traits::kStagesQ == 1) {
+      if (!change_tile(work)) return wait_stores_read<0>();
+    } else {
+      if (!next.open_tile(pipe)) break;
+      step<true>(work);
+    }
   }
   gemm_pv<Traits>(rO, rP, pipe.wait_v());
   wgmma_wait<0>();

@@ -29,8 +29,11 @@ __device__ __forceinline__ uint32_t keep_finite(uint32_t pair) {
 template <class Traits>
 __device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, int guard) {
   using Element = typename Traits::Element;
-  constexpr int kRowVectors = kChunkBytes / 16, kBatch = 8;
+  constexpr int kRowVectors = kChunkBytes / 16;
   constexpr int kVectors = Traits::kBytesV / 16, kStep = kGuardWarps * kWarp;
+  constexpr int kRounds = kVectors / kStep;
+  constexpr int kBatch = kRounds % 8 == 0 ? 8 : kRounds % 7 == 0 ? 7 : 6;  // none is conditional
+  static_assert(kVectors == kRounds * kStep && kRounds % kBatch == 0);
   auto* vectors = reinterpret_cast<uint4*>(tile);
   const int first = guard * kWarp + threadIdx.x % kWarp;
   uint4 folded = {0, 0, 0, 0};
@@ -38,7 +41,6 @@ __device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, int guard
   for (int batch = first; batch < kVectors; batch += kBatch * kStep) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (kVectors % (kBatch * kStep) != 0 && batch + i * kStep >= kVectors) break;
       const uint4 x = vectors[batch + i * kStep];
       folded.x = fold_not_finite<Element>(x.x, folded.x);
       folded.y = fold_not_finite<Element>(x.y, folded.y);

@@ -33,16 +33,16 @@ int64_t count_tiles(const Problem& p) {
 }
 
 // Full masks: one KV head after the other, so that its K and V are read from L2. Masks that make
-// tiles uneven: a quarter as many heads as multiprocessors side by side, so that four CTAs share
-// each K/V; where these are not whole rounds of the grid, which alternating directions level out,
-// half as many, for fewer seams.
+// tiles uneven: a quarter as many KV heads as multiprocessors side by side, so that four CTAs share
+// each K/V (more where query heads share them); where these are not whole rounds of the grid, which
+// alternating directions level out, half as many, for fewer seams.
 template <class Traits>
 ScheduleParams make_schedule(const Problem& p) {
   const int group = p.heads_q / p.heads_kv, tiles_q = ceil_div(p.seqlen_q, Traits::kBlockQ);
-  const int sms = multiprocessors(), quarter = sms / 4 / group * group;
-  const int heads = int64_t(quarter) * tiles_q % sms == 0 ? quarter : sms / 2 / group * group;
+  const int sms = multiprocessors(), quarter = sms / 4 * group;
+  const int heads = int64_t(quarter) * tiles_q % sms == 0 ? quarter : sms / 2 * group;
   const bool uneven = p.window_right != kUnlimited;
-  return {tiles_q, uneven && heads > group ? heads : group};
+  return {tiles_q, uneven && heads > group ? heads : group, nullptr};
 }
 
 // Rows of a tensor in memory, and how many batches of them.
@@ -81,11 +81,24 @@ cudaError_t make_maps(Arguments& args) {
   return cudaSuccess;
 }
 
+inline bool is_uneven(const Problem& p) { return p.total_q != int64_t(p.batch) * p.seqlen_q; }
+
+// Tiles of sequences of different lengths are claimed one by one, from a counter in the workspace.
+template <class Traits>
+bool claims_tiles(const Problem& p) {
+  return kDType<typename Traits::Element> != DType::kFloat8E4M3 && is_uneven(p);
+}
+
 template <class Traits>
 cudaError_t launch_traits(const ForwardParams& p) {
   Arguments args = {};
   args.p = p;
   args.schedule = make_schedule<Traits>(p);
+  if (p.cu_seqlens_q != nullptr && p.workspace != nullptr && claims_tiles<Traits>(p)) {
+    args.schedule.claimed = static_cast<int*>(p.workspace);
+    const cudaError_t cleared = cudaMemsetAsync(p.workspace, 0, sizeof(int), p.stream);
+    if (cleared != cudaSuccess) return cleared;
+  }
   const cudaError_t status = make_maps<Traits>(args);
   if (status != cudaSuccess) return status;
   const int64_t tiles = count_tiles<Traits>(p);
@@ -96,26 +109,42 @@ cudaError_t launch_traits(const ForwardParams& p) {
                 int(sizeof(typename Traits::Shared)), p.stream, args);
 }
 
+// Long tiles serve dense tensors only: packed ones keep the bits of a loop over their sequences.
+template <class Instance>
+constexpr bool kHasLongTiles = kDType<typename Instance::Element> != DType::kFloat8E4M3 &&
+                               kHasLong<Instance::kHeadDim, Instance::kHeadDimV>;
+inline bool is_long(const Problem& p) { return p.seqlen_q >= kLongRows && !is_uneven(p); }
+
 template <class Instance>
 cudaError_t launch_forward(const ForwardParams& p) {
   if (count_tiles<ForwardTraits<Instance, false>>(p) == 0) return cudaSuccess;
   const bool featured = p.softcap > 0.0f || !(p.scale > 0.0f);
-  return featured ? launch_traits<ForwardTraits<Instance, true>>(p)
-                  : launch_traits<ForwardTraits<Instance, false>>(p);
+  if (featured) return launch_traits<ForwardTraits<Instance, true>>(p);
+  if constexpr (kHasLongTiles<Instance>) {
+    if (is_long(p)) return launch_traits<Traits<Instance, false, true>>(p);
+  }
+  return launch_traits<ForwardTraits<Instance, false>>(p);
+}
+
+template <class Traits>
+Plan plan_traits(const Problem& p) {
+  const int64_t tiles = count_tiles<Traits>(p);
+  const int sms = multiprocessors();
+  return {Traits::kBlockQ,
+          Traits::kBlockKV,
+          Traits::kStages,
+          Traits::kThreads,
+          tiles < sms ? tiles : sms,
+          int(sizeof(typename Traits::Shared)),
+          claims_tiles<Traits>(p) ? int64_t(sizeof(int)) : 0};
 }
 
 template <class Instance>
 Plan plan_forward(const Problem& p) {
-  using T = ForwardTraits<Instance, false>;
-  const int64_t tiles = count_tiles<T>(p);
-  const int sms = multiprocessors();
-  return {T::kBlockQ,
-          T::kBlockKV,
-          T::kStages,
-          T::kThreads,
-          tiles < sms ? tiles : sms,
-          int(sizeof(typename T::Shared)),
-          0};
+  if constexpr (kHasLongTiles<Instance>) {
+    if (is_long(p)) return plan_traits<Traits<Instance, false, true>>(p);
+  }
+  return plan_traits<ForwardTraits<Instance, false>>(p);
 }
 
 template <class Instance>

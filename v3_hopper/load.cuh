@@ -95,6 +95,11 @@ __device__ __forceinline__ void announce(const Arguments& args, typename Traits:
     if (threadIdx.x % kWarp == 0) shared.work_full[slot.slot].arrive();
     slot.advance();
     if (tile.head < 0) return;
+    if (args.schedule.claimed != nullptr && args.p.seqlen_q >= kLateClaimRows) {
+      const bool wraps = slot.slot < 2;
+      const int before = wraps ? slot.slot + Traits::kWorkSlots - 2 : slot.slot - 2;
+      shared.work_empty[before].wait(wraps ? slot.parity ^ 1 : slot.parity);
+    }
   }
 }
 

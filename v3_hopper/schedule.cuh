@@ -57,24 +57,56 @@ __device__ __forceinline__ void describe(Work& work, const ForwardParams& p, con
 }
 
 // The walk of one CTA, executed by the producer warp. Rounds alternate direction, so that a CTA
-// with a long tile in one round gets a short one in the next.
+// with a long tile in one round gets a short one in the next. Where packed sequences differ in
+// length, the CTAs claim tile after tile instead.
 template <class Traits>
 class Schedule {
  public:
   __device__ __forceinline__ Schedule(const Arguments& args, PackedWalk& walk)
       : args_(args), walk_(walk) {
-    note({0, 0});
+    note(0, 0);
+    if (threadIdx.x % kWarp == 0) walk_.sorted = -1;
+    __syncwarp();
   }
 
   // The next tile; all lanes call it and get the same answer.
   __device__ __forceinline__ Tile next() {
     const int ctas = gridDim.x, cta = blockIdx.x;
-    const int index = round_ * ctas + (round_ % 2 ? ctas - 1 - cta : cta);
+    int index = round_ * ctas + (round_ % 2 ? ctas - 1 - cta : cta);
+    if (args_.schedule.claimed != nullptr && round_ > 0) {
+      if (threadIdx.x % kWarp == 0) index = ctas + atomicAdd(args_.schedule.claimed, 1);
+      index = __shfl_sync(~0u, index, 0);
+    }
     ++round_;
     return args_.p.cu_seqlens_q ? packed(index) : dense(index);
   }
 
  private:
+  __device__ __forceinline__ int count_tiles(int sequence) const {
+    if (sequence >= args_.p.batch) return 0;
+    const int* begin = args_.p.cu_seqlens_q + sequence;
+    return ceil_div(begin[1] - begin[0], Traits::kBlockQ) * args_.p.heads_q;
+  }
+
+  // Of the 32 sequences from `first` on, this lane's in order of length.
+  __device__ __forceinline__ int sorted(int first) {
+    const int lane = threadIdx.x % kWarp;
+    if (first != walk_.sorted) {
+      const int tiles = count_tiles(first + lane);
+      int rank = 0;
+#pragma unroll 1
+      for (int i = 0; i < kWarp; ++i) {
+        const int other = __shfl_sync(~0u, tiles, i);
+        rank += other > tiles || (other == tiles && i < lane);
+      }
+      __syncwarp();
+      walk_.order[rank] = lane;
+      if (lane == 0) walk_.sorted = first;
+      __syncwarp();
+    }
+    return first + walk_.order[lane];
+  }
+
   __device__ __forceinline__ Tile dense(int index) const {
     const int heads = args_.p.batch * args_.p.heads_q;
     if (index >= heads * args_.schedule.tiles_q) return kNoTile;
@@ -84,17 +116,14 @@ class Schedule {
     return tile;
   }
 
-  // Sequences of different lengths: lanes sum the tiles of 32 of them at a time.
+  // Sequences of different lengths: lanes sum the tiles of 32 of them at a time, longest first.
   __device__ __forceinline__ Tile packed(int index) {
     const ForwardParams& p = args_.p;
     const int lane = threadIdx.x % kWarp;
     int first = walk_.first, before = walk_.before;
     for (; first < p.batch; first += kWarp) {
-      int tiles = 0;
-      if (first + lane < p.batch) {
-        const int* begin = p.cu_seqlens_q + first + lane;
-        tiles = ceil_div(begin[1] - begin[0], Traits::kBlockQ) * p.heads_q;
-      }
+      const int sequence = sorted(first);
+      int tiles = count_tiles(sequence);
       int through = tiles;  // tiles of this and all earlier lanes
 #pragma unroll 1
       for (int step = 1; step < kWarp; step *= 2) {
@@ -107,8 +136,8 @@ class Schedule {
         tiles = __shfl_sync(~0u, tiles, owner);
         through = __shfl_sync(~0u, through, owner);
         Tile tile = locate(index - (before + through - tiles), p.heads_q, tiles / p.heads_q);
-        tile.sequence = first + owner;
-        note({first, before});
+        tile.sequence = __shfl_sync(~0u, sequence, owner);
+        note(first, before);
         return tile;
       }
       before += __shfl_sync(~0u, through, kWarp - 1);
@@ -116,9 +145,9 @@ class Schedule {
     return kNoTile;
   }
 
-  __device__ __forceinline__ void note(PackedWalk walk) {
+  __device__ __forceinline__ void note(int first, int before) {
     __syncwarp();  // every lane has read the walk so far
-    if (threadIdx.x % kWarp == 0) walk_ = walk;
+    if (threadIdx.x % kWarp == 0) walk_.first = first, walk_.before = before;
     __syncwarp();
   }
 

@@ -17,7 +17,8 @@ inline constexpr int kGuardWarps = 2;
 
 // The sizes that were tuned, per head dim: consumers, keys of a tile (featured scores take more
 // registers: fewer keys then), K/V stages, Q stages, chunks of O that are staged at a time.
-template <int kHeadDim, int kHeadDimV>
+// kLong: for sequences of kLongRows and more.
+template <int kHeadDim, int kHeadDimV, bool kLong = false>
 struct Tuning {
   static constexpr int kConsumers = 2, kBlockKV = 128, kFewer = 0, kStages = 2, kStagesQ = 2,
                        kStagedO = 2;
@@ -28,20 +29,40 @@ struct Tuning<64, 64> {
                        kStagedO = 1;
 };
 template <>
+struct Tuning<96, 96, true> {
+  static constexpr int kConsumers = 3, kBlockKV = 96, kFewer = 0, kStages = 2, kStagesQ = 2,
+                       kStagedO = 1;
+};
+template <>
+struct Tuning<128, 128, true> {
+  static constexpr int kConsumers = 3, kBlockKV = 64, kFewer = 0, kStages = 3, kStagesQ = 2,
+                       kStagedO = 1;
+};
+template <>
 struct Tuning<192, 128> {
-  static constexpr int kConsumers = 2, kBlockKV = 128, kFewer = 16, kStages = 2, kStagesQ = 1,
-                       kStagedO = 0;
+  static constexpr int kConsumers = 2, kBlockKV = 128, kFewer = 32, kStages = 2, kStagesQ = 1,
+                       kStagedO = 1;
 };
 template <>
 struct Tuning<192, 192> {
-  static constexpr int kConsumers = 2, kBlockKV = 112, kFewer = 32, kStages = 2, kStagesQ = 1,
-                       kStagedO = 0;
+  static constexpr int kConsumers = 2, kBlockKV = 64, kFewer = 0, kStages = 3, kStagesQ = 1,
+                       kStagedO = 2;
 };
 template <>
 struct Tuning<256, 256> {
   static constexpr int kConsumers = 2, kBlockKV = 64, kFewer = 0, kStages = 2, kStagesQ = 1,
                        kStagedO = 2;
 };
+
+// Three warpgroups and few keys a block: more rows for the same K/V and a shorter chain per block,
+// but short sequences fill such tiles badly.
+template <int kHeadDim, int kHeadDimV>
+inline constexpr bool kHasLong = false;
+template <>
+inline constexpr bool kHasLong<96, 96> = true;
+template <>
+inline constexpr bool kHasLong<128, 128> = true;
+inline constexpr int kLongRows = 8192;
 
 // One tile of work, written by the scheduling warp and read by everyone else.
 struct Work {
@@ -58,6 +79,8 @@ struct Work {
 struct PackedWalk {
   int first;   // first sequence of the 32 that are looked at
   int before;  // tiles of all sequences before it
+  int sorted;  // the 32 sequences from this one on are in order of length:
+  unsigned char order[kWarp];
 };
 
 // Named barriers; 0 is __syncthreads.
@@ -67,11 +90,11 @@ enum NamedBarrier : int {
   kStaged = 9,  // kStaged + consumer: its rows of O are in shared memory
 };
 
-template <class Instance, bool kFeaturedScores>
+template <class Instance, bool kFeaturedScores, bool kLong = false>
 struct Traits {
   using Element = typename Instance::Element;
   using Output = Element;
-  using Tuned = Tuning<Instance::kHeadDim, Instance::kHeadDimV>;
+  using Tuned = Tuning<Instance::kHeadDim, Instance::kHeadDimV, kLong>;
   static constexpr bool kFeatured = kFeaturedScores;  // softcap, or a scale that is not positive
   static constexpr int kHeadDim = Instance::kHeadDim;
   static constexpr int kHeadDimV = Instance::kHeadDimV;
@@ -83,6 +106,7 @@ struct Traits {
   static constexpr bool kTakesTurns = kConsumers == 2;
   // Blocks that a consumer's rows do not see; with turns, consumers must stay in step.
   static constexpr bool kSkips = !kTakesTurns && kBlockQ > kBlockKV;
+  static_assert(!kSkips || kStagesQ > 1);  // change_tile skips nothing
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
@@ -117,9 +141,14 @@ struct Traits {
   };
 };
 
+// Where sequences are this long, tiles last, so that none is claimed before the last but one is
+// done: whoever claims early may end late. Short tiles are claimed early, for a claim takes time.
+inline constexpr int kLateClaimRows = 1024;
+
 struct ScheduleParams {
   int tiles_q;            // query tiles of the longest sequence
   int heads_per_section;  // query heads whose tiles are interleaved, so that their K/V stay in L2
+  int* claimed;           // tiles that CTAs have claimed beyond their first; null: no claims
 };
 
 struct Arguments {

@@ -76,24 +76,32 @@ class Capability:
     rows: tuple[Row, ...]
     features: tuple[str, ...] = ()
     tiles: dict[tuple[str, int, int], Tile] = field(default_factory=dict)
+    long_tiles: dict[tuple[str, int, int], Tile] = field(default_factory=dict)
+    long_rows: int = 0  # sequences of so many query rows take the long tiles, where there are any
     alignment: int = 1  # bytes that rows and pointers must be multiples of
     exact_head_dims: tuple[str, ...] = ()  # dtypes whose head dim must be one of those compiled
 
-    def tile(self, direction: str, head_dim: int, head_dim_v: int) -> Tile | None:
+    def tile(self, direction: str, head_dim: int, head_dim_v: int, rows: int) -> Tile | None:
         """The tile of the smallest compiled kernel that holds these head dims."""
         fits = [
-            (dim, tile)
-            for (way, dim, dim_v), tile in self.tiles.items()
-            if way == direction and dim >= head_dim and dim_v >= head_dim_v
-        ]
-        return min(fits, key=lambda pair: pair[0])[1] if fits else None
+            key for key in self.tiles
+            if key[0] == direction and key[1] >= head_dim and key[2] >= head_dim_v
+        ]  # fmt: skip
+        if not fits:
+            return None
+        key = min(fits, key=lambda fit: fit[1])
+        return self.long_tiles.get(key, self.tiles[key]) if self.is_long(rows) else self.tiles[key]
+
+    def is_long(self, rows: int) -> bool:
+        return 0 < self.long_rows <= rows
 
     def as_dict(self) -> dict[str, Any]:
         table = asdict(self)
-        table["tiles"] = [
-            {"direction": way, "head_dim": dim, "head_dim_v": dim_v, **asdict(tile)}
-            for (way, dim, dim_v), tile in self.tiles.items()
-        ]
+        for name in ("tiles", "long_tiles"):
+            table[name] = [
+                {"direction": way, "head_dim": dim, "head_dim_v": dim_v, **asdict(tile)}
+                for (way, dim, dim_v), tile in getattr(self, name).items()
+            ]
         return table
 
 

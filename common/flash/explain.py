@@ -218,7 +218,7 @@ def _tile(
         plan = runner.module.plan(int(request.direction == "backward"), problem)
         if plan["block_q"]:
             return {**plan, "tile_from": "module"}
-    found = capability(name).tile(request.direction, q.shape[3], v.shape[3])
+    found = capability(name).tile(request.direction, q.shape[3], v.shape[3], q.shape[1])
     if found is None:
         return {}
     itemsize = 1 if request.dtype == torch.float8_e4m3fn else q.element_size()

@@ -15,19 +15,20 @@ from flash.spec import Spec
 DTYPES = {code: dtype for dtype, code in kernels.CODES.items()}
 
 
+@pytest.mark.parametrize("rows", [4096, 8192])
 @pytest.mark.parametrize("version", versions())
-def test_tiles_of_the_table(version: str) -> None:
+def test_tiles_of_the_table(version: str, rows: int) -> None:
     """16-bit kernels; those of other dtypes have tiles of their own, which the module names."""
     runner, wrong, seen = kernels.engine(version), {}, 0
     for direction, code, dim, dim_v in kernels.instances(version):
         dtype, way = DTYPES[code], ("forward", "backward")[direction]
         if dtype not in (torch.float16, torch.bfloat16):
             continue
-        shapes = [(1, 4096, 8, d) for d in (dim, dim, dim_v)]
+        shapes = [(1, rows, 8, d) for d in (dim, dim, dim_v)]
         q, k, v = (torch.empty(shape, dtype=dtype, device=DEVICE) for shape in shapes)
         problem, _ = runner.plan(direction, q, k, v, Spec(1.0))
         plan = runner.module.plan(direction, problem)
-        tile = capability(version).tiles.get((way, dim, dim_v))
+        tile = capability(version).tile(way, dim, dim_v, rows)
         fields = ("block_q", "block_kv", "stages", "threads")
         said = {name: (asdict(tile)[name] if tile else None) for name in fields}
         seen += 1
