@@ -1,9 +1,13 @@
-"""v3's kernels as racecheck can follow them: every lane of a warp arrives at a barrier.
+"""v3's kernels as the sanitizer can follow them: every lane of a warp arrives at a barrier.
 
 In the kernels one lane arrives for its warp, behind a __syncwarp. By the PTX memory model that
 orders whatever all lanes have read and written before; racecheck does not follow it, which
 race_probe.cu shows on a kernel of nothing else. So racecheck sees copies of these kernels in which
 each lane arrives for itself; the meetings, and everything else, are the same.
+
+And two warpgroups meet at one named barrier from two branches. PTX wants the same instruction of
+the threads of a warp only; synccheck calls it divergent, on the probe too. In the copies each of
+the two branches arrives at the barrier that the other waits for.
 """
 
 from __future__ import annotations
@@ -15,6 +19,16 @@ _QUERIES, _LOAD = "v3_hopper/backward_queries.cuh", "v3_hopper/load_backward.cuh
 _NARROW = "v3_hopper/narrow_backward.cuh"
 _ONE, _EVERY = "if (threadIdx.x % 32 == 0) barrier.arrive();", "barrier.arrive();"
 _WARPS, _LANES = "kWarps = Traits::kConsumers * 4;", "kWarps = Traits::kConsumers * 128;"
+_MEET = "named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);\n"
+
+
+def _crosswise(arrives: str, waits: str, then: str) -> tuple[str, str, str]:
+    """One of two branches that met at one barrier."""
+    threads = "KeyConsumer<Traits>::kThreads"
+    meeting = f"named_arrive({arrives}, {threads});\n    named_sync({waits}, {threads});\n"
+    return _KEYS, _MEET + then, meeting + then
+
+
 EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     (_BACKWARD, _ONE, _EVERY),
     (_QUERIES, _ONE, _EVERY),
@@ -34,6 +48,9 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     (_LOAD, "    if (clean) return;\n",
      "    if (clean) {\n      if (!leader) full.arrive();\n      return;\n    }\n"),
     (_LOAD, "    if (leader) full.arrive();\n", "    full.arrive();\n"),
+    ("v3_hopper/traits_backward.cuh", "kKeysRead = 2,", "kKeysRead = 2, kValuesRead = 15,"),
+    _crosswise("kKeysRead", "kValuesRead", "    self.stage(shared.v,"),
+    _crosswise("kValuesRead", "kKeysRead", "    self.stage(shared.k,"),
     ("v3_hopper/fp8_load.cuh", ".init(kTransposers);", ".init(32 * kTransposers);"),
     ("v3_hopper/fp8_transpose.cuh",
      "      shared.v_full[done].arrive();\n      shared.raw_empty[from].arrive();\n    }\n",

@@ -48,11 +48,11 @@ def note(folder: Path) -> str:
     copies = [row for row in content.get("sanitizer", []) if row.get("without")]
     if not copies:
         return ""
-    where = ", ".join(f"{r['version']} {r['direction']}" for r in copies)
+    where = ", ".join(sorted(f"{r['version']} {r['direction']} {r['tool']}" for r in copies))
     found = ", ".join(f"{name}: {n}" for name, n in content["probe"].items())
-    return (f"\n\nIn {where} racecheck saw copies without {copies[0]['without']} "
-            "(`bench/every_lane.py`): it does not follow that idiom, of which its reports on "
-            f"`bench/race_probe.cu` are: {found}.")  # fmt: skip
+    return (f"\n\n{where} saw copies that differ in two idioms which the tools do not follow "
+            "(`bench/every_lane.py` says why they are right); reports on each idiom alone, "
+            f"`bench/race_probe.cu`: {found}.")  # fmt: skip
 
 
 def repeated(folder: Path) -> str:

@@ -1,5 +1,5 @@
-// Which orders racecheck sees: idioms of one warp handing shared memory to another by an mbarrier,
-// each right by the PTX memory model but the last.
+// What the sanitizer follows: one warp hands shared memory to another by an mbarrier, or two warps
+// meet at a named barrier from two branches. Each is right by PTX's model but where nobody meets.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -65,13 +65,25 @@ __global__ void every_lane_arrives(int* result) { pass<Idiom::kEveryLane>(result
 __global__ void one_lane_arrives(int* result) { pass<Idiom::kOneLane>(result); }
 __global__ void nobody_meets(int* result) { pass<Idiom::kNobodyMeets>(result); }
 
+__global__ void one_barrier_from_two_branches(int* result) {
+  __shared__ int row[64];
+  row[threadIdx.x] = threadIdx.x;
+  if (threadIdx.x < 32) {
+    asm volatile("bar.sync 1, 64; // first branch" ::: "memory");
+    result[threadIdx.x] = row[63 - threadIdx.x];
+  } else {
+    asm volatile("bar.sync 1, 64; // second branch" ::: "memory");
+    result[threadIdx.x] = 2 * row[63 - threadIdx.x];
+  }
+}
+
 }  // namespace flash::probe
 
 int main() {
   int* result = nullptr;
-  cudaMalloc(&result, 32 * sizeof(int));
+  cudaMalloc(&result, 64 * sizeof(int));
   for (auto* kernel : {flash::probe::every_lane_arrives, flash::probe::one_lane_arrives,
-                       flash::probe::nobody_meets}) {
+                       flash::probe::nobody_meets, flash::probe::one_barrier_from_two_branches}) {
     kernel<<<1, 64>>>(result);
   }
   int first = 0;

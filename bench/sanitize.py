@@ -31,7 +31,7 @@ from flash.study.competitors import OURS
 
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 PROBE = digest.ROOT / "bench" / "race_probe.cu"
-EVERY_LANE_SEES = ("v3", "racecheck")
+EVERY_LANE_SEES = (("v3", "racecheck"), ("v3", "synccheck"))
 BUILDING = Lock()
 DIMS, DTYPES = "64;96;128;192;256", "fp16;bf16;e4m3"
 TOOLS = ("racecheck", "memcheck", "synccheck", "initcheck")
@@ -63,7 +63,7 @@ def inspect(name: str, direction: str, tool: str, args: argparse.Namespace) -> R
     """One part: the row that is recorded."""
     version, path = OURS[name], os.environ.get("PYTHONPATH", "")
     about: Row = {}
-    if (name, tool) == EVERY_LANE_SEES:
+    if (name, tool) in EVERY_LANE_SEES:
         with BUILDING:  # forward and backward share the copies
             place = variants.build(EVERY_LANE, args.place, DIMS, DTYPES, "forward;backward")
         path, about = f"{place}{os.pathsep}{path}", {"without": EVERY_LANE.without}
@@ -96,12 +96,14 @@ def output_of(command: list[str], seconds: float, path: str) -> tuple[int, str]:
 
 
 def probe(place: Path) -> dict[str, int]:
-    """How often racecheck reports each idiom of race_probe.cu, of which only the last is a race."""
+    """How often the tools report each idiom of race_probe.cu; only nobody_meets is a fault."""
     program = place / "race_probe"
     subprocess.run([compiler(), "-arch=native", "-o", str(program), str(PROBE)], check=True)
-    command = [SANITIZER, "--tool", "racecheck", "--racecheck-report", "analysis", str(program)]
-    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = Counter(re.findall(r"Race reported between.*?probe::(\w+)\(", text))
+    found: Counter[str] = Counter()
+    for tool, report in (("racecheck", "Race reported between"), ("synccheck", "Barrier error")):
+        command = [SANITIZER, "--tool", tool, *OPTIONS.get(tool, ()), str(program)]
+        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        found.update(re.findall(report + r".*?probe::(\w+)\(", text, re.S))
     return {
         idiom: found[idiom] for idiom in re.findall(r"__global__ void (\w+)", PROBE.read_text())
     }
@@ -161,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     parts = [(name, direction, tool) for tool, name, direction in itertools.product(*asked)]
     path = script.path_of(args.out, "sanitizer")
     rows, idioms = record.read(path).get("sanitizer", []), probe(args.place)
-    print("racecheck's reports of", idioms, flush=True)
+    print("reports of", idioms, flush=True)
     with ThreadPoolExecutor(args.workers) as pool:
         for done in as_completed([pool.submit(inspect, *part, args) for part in parts]):
             row = done.result()
