@@ -13,13 +13,6 @@ inline bool aligned(const View& v, const Problem& p) {
   return reinterpret_cast<uint64_t>(v.data) % 16 == 0 && strides % 8 == 0;
 }
 
-// Of the current device; `otherwise` where there is none to ask.
-inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : otherwise;
-}
-
 // Sequences of many lengths leave their order to the hardware, equal ones keep their CTAs.
 template <class Traits>
 Grid forward_grid(const Problem& p, bool packed) {
@@ -36,13 +29,10 @@ cudaError_t launch_forward_as(const ForwardParams& p) {
                 Shared<Traits>::kBytes, p.stream, p, grid);
 }
 
-// Does the tile of plain scores fit? GPUs other than those of data centers have 99 KiB.
+// Does the tile of plain scores fit?
 template <class Traits>
 bool fits() {
-  constexpr int kEverywhere = 99 << 10;
-  if constexpr (Shared<Traits>::kBytes <= kEverywhere) return true;
-  return Shared<Traits>::kBytes + Work<Traits>::kBytes <=
-         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 1 << 30);
+  return has_room(Shared<Traits>::kBytes + Work<Traits>::kBytes);
 }
 
 template <class Instance>

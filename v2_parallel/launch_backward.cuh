@@ -11,11 +11,41 @@
 
 namespace flash::v2 {
 
+// Of the current device; `otherwise` where there is none to ask.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return otherwise;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : otherwise;
+}
+
+// GPUs other than those of data centers have 99 KiB for a CTA, an A100 163, an H100 227.
+inline bool has_room(int64_t shared_bytes) {
+  return shared_bytes <= (99 << 10) ||
+         shared_bytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 1 << 30);
+}
+
 inline int64_t blocks_of(int64_t n, int block) { return (n + block - 1) / block; }
 
-template <class Instance>
-Plan plan_backward(const Problem& p) {
-  using Traits = BackwardTraits<Instance>;
+// Causal calls whose CTAs make at most 16 steps, half of them at most 8.
+inline bool is_short(const Problem& p) {
+  return p.window_right != kUnlimited &&
+         int64_t(p.seqlen_q) * p.heads_q <= 1024 * int64_t(p.heads_kv);
+}
+
+// The kernels that serve a call: run<Traits>().
+template <class Instance, class Run>
+auto choose_backward(const Problem& p, bool plain, Run run) {
+  using Plain = BackwardTraits<Instance>;
+  using Short = BackwardTraits<Instance, false, true>;
+  if constexpr (Instance::kHeadDim == 128) {
+    if (plain && is_short(p) && has_room(sizeof(typename Short::Shared))) return run(Short{});
+  }
+  if (plain && has_room(sizeof(typename Plain::Shared))) return run(Plain{});
+  return run(BackwardTraits<Instance, true>{});
+}
+
+template <class Traits>
+Plan plan_backward_as(const Problem& p) {
   Plan plan;
   plan.block_q = Traits::kBlockQ, plan.block_kv = Traits::kBlockKV;
   plan.stages = Traits::kStages, plan.threads = Traits::kThreads;
@@ -28,10 +58,15 @@ Plan plan_backward(const Problem& p) {
   return plan;
 }
 
-template <class Instance, bool kFeatured>
+template <class Instance>
+Plan plan_backward(const Problem& p) {
+  return choose_backward<Instance>(
+      p, p.softcap == 0.0f, [&](auto traits) { return plan_backward_as<decltype(traits)>(p); });
+}
+
+template <class Traits>
 cudaError_t launch_backward_as(const BackwardParams& p) {
-  using Traits = BackwardTraits<Instance, kFeatured>;
-  const Plan plan = plan_backward<Instance>(p);
+  const Plan plan = plan_backward_as<Traits>(p);
   const BackwardWorkspace<Traits> workspace(p);
   const int row_blocks = int(blocks_of(p.seqlen_q, Traits::kBlockQ));
   const int64_t row_grid = int64_t(row_blocks) * p.heads_q * p.batch;
@@ -74,7 +109,8 @@ cudaError_t launch_backward(const BackwardParams& p) {
   for (const View* v : {&p.q, &p.k, &p.v, &p.o, &p.dout, &p.dq, &p.dk, &p.dv}) {
     plain = plain && rows_aligned(*v, p);
   }
-  return plain ? launch_backward_as<Instance, false>(p) : launch_backward_as<Instance, true>(p);
+  return choose_backward<Instance>(
+      p, plain, [&](auto traits) { return launch_backward_as<decltype(traits)>(p); });
 }
 
 }  // namespace flash::v2

@@ -29,17 +29,23 @@ struct alignas(16) DqPlace {
   uint32_t rows;              // fragments of Q and dO, for dK and dV
 };
 
-// kFeatured serves softcap and rows that are not 16-byte aligned.
-template <class Instance, bool kIsFeatured = false>
+// kFeatured serves softcap and rows that are not 16-byte aligned, and every call where shared
+// memory has no room for other tiles: its own are small. kShort serves calls whose CTAs make few
+// steps: two of half the keys then hide each other's start and end.
+template <class Instance, bool kIsFeatured = false, bool kIsShort = false>
 struct BackwardTraits {
   using Element = typename Instance::Element;
   static constexpr bool kFeatured = kIsFeatured;
+  static constexpr bool kSmall = kIsFeatured || kIsShort;
   static constexpr int kHeadDim = Instance::kHeadDim;
   static constexpr int kBlockQ = 64;
-  static constexpr int kBlockKV = kHeadDim == 64 || kHeadDim == 128 ? 128 : 64;
-  static constexpr int kCtasPerSm = kHeadDim <= 96 ? 2 : 1;  // one hides the other's barriers
-  static constexpr int kStages = 2;                          // of Q and its row statistics
-  static constexpr int kStagesDout = kHeadDim == 96 ? 1 : 2;
+  static constexpr int kBlockKV = kHeadDim == 64 || (kHeadDim == 128 && !kSmall) ? 128 : 64;
+  // Two hide each other's waits.
+  static constexpr int kCtasPerSm = kHeadDim <= 96 || (kHeadDim == 128 && kSmall) ? 2 : 1;
+  static constexpr int kStages = 2;  // of Q and its row statistics
+  static constexpr int kStagesDout = kHeadDim == 96 || (kSmall && kHeadDim < 256) ? 1 : 2;
+  // One for each stage of Q; dQ's kernel keeps V's second stage there if dO has one.
+  static constexpr int kPlacesDs = kStagesDout == 1 && kHeadDim > 2 * kBlockKV ? 3 : 2;
 
   static constexpr bool kDqKernel = true;  // dQ has its own kernel when it must be deterministic
 
@@ -84,7 +90,7 @@ struct BackwardTraits {
     Element v[kBlockKV * kHeadDim];
     Element q[kStages][kBlockQ * kHeadDim];
     Element dout[kStagesDout][kBlockQ * kHeadDim];
-    Element ds[2][kBlockKV * kBlockQ];
+    Element ds[kPlacesDs][kBlockKV * kBlockQ];
     Element p[kSplit == 1 ? 8 : kBlockKV * kBlockQ];
     float lse[kStages][kBlockQ];  // at least kBlockKV in all
     float delta[kStages][kBlockQ];
