@@ -99,10 +99,8 @@ struct Fragments {
   float dq[Traits::kColumnsDQ / 2];    // (64 rows, this warpgroup's columns)
   uint32_t p16[Traits::kBlockQ / 4];   // P^T as an operand
   uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
-  uint32_t k[Traits::kHeadDim / 4];    // this warpgroup's keys, if there is room
-  uint32_t v[Traits::kHeadDim / 4];
-  int row;      // of S
-  bool masked;  // P
+  int row;                             // of S
+  bool masked;                         // P
 };
 
 // Where a step finds its tiles.
@@ -124,11 +122,7 @@ __device__ __forceinline__ void issue_scores(const KeyConsumer<Traits>& self, Fr
   if constexpr (kStarted) start(r.s, shared.lse[q.slot] + self.column());
   pin(r.s);
   wgmma_begin();
-  if constexpr (Traits::kRoomy) {
-    gemm_scores<Traits::kHeadDim>(r.s, r.k, shared.q[q.slot], kStarted);
-  } else {
-    gemm_scores<Traits::kHeadDim>(r.s, shared.k, self.key, shared.q[q.slot], kStarted);
-  }
+  gemm_scores<Traits::kHeadDim>(r.s, shared.k, self.key, shared.q[q.slot], kStarted);
   wgmma_commit();
 }
 
@@ -160,11 +154,7 @@ __device__ __forceinline__ void issue_dp(const KeyConsumer<Traits>& self, Fragme
   start(r.dp, shared.delta[dout.slot] + self.column());
   pin(r.dp);
   wgmma_begin();
-  if constexpr (Traits::kRoomy) {
-    gemm_scores<Traits::kHeadDim>(r.dp, r.v, shared.dout[dout.slot], true);
-  } else {
-    gemm_scores<Traits::kHeadDim>(r.dp, shared.v, self.key, shared.dout[dout.slot], true);
-  }
+  gemm_scores<Traits::kHeadDim>(r.dp, shared.v, self.key, shared.dout[dout.slot], true);
   wgmma_commit();
 }
 
@@ -198,19 +188,17 @@ template <class Traits, bool kLast>
 __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                           const Exponent& exponent, Rings<Traits>& ring,
                                           bool first) {
-  constexpr int kNextDP = Traits::kEarlyDP && !kLast ? 1 : 0;  // products of the next step's dP
   auto& shared = self.shared;
   const int slot_q = ring.q.slot;
   const int slot_do = ring.dout.slot;
   const int slot = ring.ds.slot;
-  if constexpr (!Traits::kEarlyDP) issue_dp(self, r, ring.dout);
+  issue_dp(self, r, ring.dout);
   pin(r.p16);
   wgmma_begin();
   gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
   wgmma_commit();
   wgmma_wait<1>();  // dP is there, and the dK before it
   pin(r.dp);
-  if constexpr (Traits::kRoomy) pin(r.ds16);  // it may change
   if (!first) self.arrive(shared.q_free[(slot_q + Traits::kStagesQ - 1) % Traits::kStagesQ]);
   if (r.masked) mask_gradient(r.dp, r.s);
   score_gradient(r.dp, r.s);
@@ -223,21 +211,16 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   ring.dout.advance();
   ring.ds.advance();
   if constexpr (!kLast) issue_scores(self, r, ring.q);
-  if constexpr (kNextDP == 1) issue_dp(self, r, ring.dout);
   named_sync(kScoreGradientStored, KeyConsumer<Traits>::kThreads);  // dS of all keys is there
   if (shared.suspicious[slot]) self.remove_poison(slot);
   wgmma_begin();
   gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
   wgmma_commit();
-  if constexpr (Traits::kRoomy) {
-    gemm_gradient(r.dk, r.ds16, shared.q[slot_q]);
-  } else {
-    gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot_q]);
-  }
+  gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot_q]);
   wgmma_commit();
   if constexpr (!kLast) {
-    wgmma_wait<2 + kNextDP>();  // S is there, and the dV before it
-    pin(r.p16);                 // whose operand may change
+    wgmma_wait<2>();  // S is there, and the dV before it
+    pin(r.p16);       // whose operand may change
     self.arrive(shared.dout_free[slot_do]);
     find_probabilities(self, r, exponent, ring.q.slot, ring.ds.slot);
   } else {
@@ -262,24 +245,10 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
   if (steps > 0) {
     shared.k_full.wait(0);
     Rings<Traits> ring;
-    if constexpr (Traits::kRoomy) {
-      for (uint32_t& x : r.ds16) x = 0;
-      load_fragment(r.k, shared.k, self.key);
-      pin(r.k);
-    }
     issue_scores(self, r, ring.q);
     shared.v_full.wait(0);
-    if constexpr (Traits::kRoomy) {
-      load_fragment(r.v, shared.v, self.key);
-      pin(r.v);
-    }
     wgmma_wait<0>();
     pin(r.s);
-    if constexpr (Traits::kEarlyDP) {
-      issue_dp(self, r, ring.dout);
-      wgmma_wait<0>();
-      pin(r.dp);
-    }
     find_probabilities(self, r, exponent, 0, 0);
     for (int i = 0; i < steps - 1; ++i) {
       take_step<Traits, false>(self, r, exponent, ring, i == 0);

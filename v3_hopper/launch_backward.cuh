@@ -29,14 +29,16 @@ struct ScratchLayout {
 };
 
 // Heads whose key tiles run side by side: one when every tile is as long as the next, else as
-// many as leave Q, dO and the fp32 dQ of all of them in L2.
+// many as leave Q, dO and the fp32 dQ of all of them in L2, so few that a head's tiles still meet.
 inline int heads_at_once(const Problem& p) {
   const int64_t heads = int64_t(p.batch) * p.heads_kv;
   if (p.window_left == kUnlimited && p.window_right == kUnlimited) return 1;
   const int64_t bytes_per_head =
       int64_t(p.heads_q / p.heads_kv) * p.seqlen_q * p.head_dim * int64_t(2 + 2 + 4);
   constexpr int64_t kL2Share = 32 << 20;
-  const int64_t fit = std::max<int64_t>(kL2Share / std::max<int64_t>(bytes_per_head, 1), 1);
+  constexpr int64_t kMost = 16;
+  const int64_t in_l2 = kL2Share / std::max<int64_t>(bytes_per_head, 1);
+  const int64_t fit = std::max<int64_t>(std::min(in_l2, kMost), 1);
   const int64_t rounds = (heads + fit - 1) / fit;
   // All rounds alike: a short last one would end with long tiles on few multiprocessors.
   return rounds == 0 ? 1 : int((heads + rounds - 1) / rounds);

@@ -37,9 +37,6 @@ struct BackwardTraits {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
   static_assert(registers_fit(kConsumers, kProducerRegisters, kConsumerRegisters));
-  // Narrow heads leave registers for K, V and dS as operands, and for dP beside dQ.
-  static constexpr bool kRoomy = kHeadDim <= 64;
-  static constexpr bool kEarlyDP = kHeadDim <= 64;
   static constexpr int kColumnsDQ = kPaddedDim / kConsumers;  // of dQ, per warpgroup
 
   using TileKV = Element[kChunks][kBlockKV][kChunkColumns];
