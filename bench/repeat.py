@@ -22,6 +22,7 @@ OTHERS = 1_000
 KEY = ("version", "kernel", "shape")
 LONG = (
     Shape("full, 450", (450,), (450,), batch=4, heads=8, heads_kv=8),
+    Shape("long, 8200 x 512", (8200,), (512,)),
     Shape("causal, 1999, GQA", (1999,), (1999,), heads=8, options={"causal": True}),
 )
 Row = dict[str, Any]

@@ -120,7 +120,7 @@ KERNELS = [
 def test_calls_run_and_are_right(kernel: Kernel) -> None:
     """On a CPU the schedules run in the kernels' place."""
     for shape in kernel_calls.shapes(kernel):
-        if shape.heads > 8:
+        if shape.heads > 8 or max(shape.lengths_q) > 8000:
             continue
         call = kernel_calls.prepare(kernel, shape, "cpu")
         assert call.error(call.run()) < (0.08 if kernel.code == kernel_calls.E4M3 else 4e-3)
