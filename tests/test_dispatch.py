@@ -139,6 +139,17 @@ def test_kernels_without_room_are_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert kernels.too_large.__wrapped__("v2_parallel", 0) == {(1, 1, 256, 256)}
 
 
+@pytest.mark.parametrize("direction", [0, 1])
+def test_a_module_is_asked_by_its_forward_kernels(
+    direction: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(probe=lambda: 98, error_string=lambda code: f"error {code}")
+    monkeypatch.setattr(kernels, "load", lambda version: kernels.Module(module, ""))
+    monkeypatch.setattr(kernels, "instances", lambda version: frozenset({(direction, 1, 64, 64)}))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert kernels.probe.__wrapped__("v3_hopper", 0) == ("" if direction else "error 98")
+
+
 def test_probe_failure_is_a_reason() -> None:
     why = "its module cannot run on this device: no kernel image is available"
     decision = decide((9, 0), Request(BF16, 64, 64), {"v3_hopper": Built(why)})

@@ -58,8 +58,13 @@ def instances(version: str) -> frozenset[tuple[int, int, int, int]]:
 
 @cache
 def probe(version: str, device: int) -> str:
-    """Empty when this device can run this module, else CUDA's reason; asked once per device."""
+    """Empty when this device can run this module, else CUDA's reason; asked once per device.
+
+    The module asks its first forward kernel; one built for the backward pass alone has none to ask.
+    """
     module = load(version).module
+    if all(direction != FORWARD for direction, *_ in instances(version)):
+        return ""
     with torch.cuda.device(device):
         code = module.probe()
     return "" if code == 0 else str(module.error_string(code))
