@@ -38,6 +38,12 @@ LARGER = [
     *vary([Case(600, 700, dtype=FP16)], dim=[96, 192], causal=["top-left"], softcap=[0.0, 20.0]),
     *vary([Case(300, 400, dtype=FP32)], dim=[32, 64, 128], causal=[False, True]),
 ]  # fmt: skip
+LONG = [
+    *vary([Case(8192, 200), Case(8201, 129, dtype=FP16)], dim=[96, 128],
+          causal=[False, True, "top-left"]),
+    *vary([Case(8193, 700, heads_kv=1)], dim=[96, 128], window=[(500, 3), (None, 64)]),
+    *vary([Case(8300, 8211, heads_q=1, heads_kv=1, causal=True)], dim=[96, 128]),
+]  # fmt: skip
 GROUPS = [
     Case(260, 300, 128, heads_q=h, heads_kv=hk, batch=2, causal=causal)
     for (h, hk), causal in itertools.product([(8, 1), (8, 2), (6, 3), (5, 1)], [False, True])
@@ -80,7 +86,9 @@ def test_smoke_backward(version: str, case: Case, monkeypatch: pytest.MonkeyPatc
     check_backward(version, case, monkeypatch)
 
 
-@pytest.mark.parametrize(("version", "case"), pairs([*FORWARD, *EVERY_DIM, *GROUPS, *LARGER]))
+@pytest.mark.parametrize(
+    ("version", "case"), pairs([*FORWARD, *EVERY_DIM, *GROUPS, *LARGER, *LONG])
+)
 def test_forward(version: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check_forward(version, case, monkeypatch)
 
