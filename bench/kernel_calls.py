@@ -58,7 +58,7 @@ SMALL = (
           options={"causal": True}),
     Shape("many tiles", (200,), (130,), heads=80, heads_kv=40),
     Shape("packed, long", (1100, 30, 70), (90, 20, 100), packed=True, options={"causal": True}),
-    Shape("long", (8200,), (70,), heads=1, heads_kv=1),
+    Shape("long", (8200,), (70,), heads=32, heads_kv=1),
 )  # fmt: skip
 QUANTIZED = tuple(Shape(f"scale per {name}", options={"granularity": name})
                   for name in ("tensor", "head"))  # fmt: skip

@@ -113,7 +113,9 @@ cudaError_t launch_traits(const ForwardParams& p) {
 template <class Instance>
 constexpr bool kHasLongTiles = kDType<typename Instance::Element> != DType::kFloat8E4M3 &&
                                kHasLong<Instance::kHeadDim, Instance::kHeadDimV>;
-inline bool is_long(const Problem& p) { return p.seqlen_q >= kLongRows && !is_uneven(p); }
+inline bool is_long(const Problem& p) {
+  return p.seqlen_q >= kLongRows && p.total_q * p.heads_q >= kLongRowsOfAllHeads && !is_uneven(p);
+}
 
 template <class Instance>
 cudaError_t launch_forward(const ForwardParams& p) {

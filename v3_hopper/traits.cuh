@@ -63,6 +63,7 @@ inline constexpr bool kHasLong<96, 96> = true;
 template <>
 inline constexpr bool kHasLong<128, 128> = true;
 inline constexpr int kLongRows = 8192;
+inline constexpr int64_t kLongRowsOfAllHeads = 1 << 18;  // fewer would leave CTAs idle
 
 // One tile of work, written by the scheduling warp and read by everyone else.
 struct Work {

@@ -77,11 +77,13 @@ class Capability:
     features: tuple[str, ...] = ()
     tiles: dict[tuple[str, int, int], Tile] = field(default_factory=dict)
     long_tiles: dict[tuple[str, int, int], Tile] = field(default_factory=dict)
-    long_rows: int = 0  # sequences of so many query rows take the long tiles, where there are any
+    long_rows: int = 0  # sequences of so many query rows take the long tiles, where there are any,
+    long_rows_of_all_heads: int = 0  # if all heads of the batch have so many together
     alignment: int = 1  # bytes that rows and pointers must be multiples of
     exact_head_dims: tuple[str, ...] = ()  # dtypes whose head dim must be one of those compiled
 
-    def tile(self, direction: str, head_dim: int, head_dim_v: int, rows: int) -> Tile | None:
+    def tile(self, direction: str, head_dim: int, head_dim_v: int, rows: int,
+             of_all_heads: int) -> Tile | None:  # fmt: skip
         """The tile of the smallest compiled kernel that holds these head dims."""
         fits = [
             key for key in self.tiles
@@ -90,10 +92,8 @@ class Capability:
         if not fits:
             return None
         key = min(fits, key=lambda fit: fit[1])
-        return self.long_tiles.get(key, self.tiles[key]) if self.is_long(rows) else self.tiles[key]
-
-    def is_long(self, rows: int) -> bool:
-        return 0 < self.long_rows <= rows
+        long = rows >= self.long_rows and of_all_heads >= self.long_rows_of_all_heads
+        return self.long_tiles.get(key, self.tiles[key]) if long else self.tiles[key]
 
     def as_dict(self) -> dict[str, Any]:
         table = asdict(self)

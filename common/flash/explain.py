@@ -218,7 +218,10 @@ def _tile(
         plan = runner.module.plan(int(request.direction == "backward"), problem)
         if plan["block_q"]:
             return {**plan, "tile_from": "module"}
-    found = capability(name).tile(request.direction, q.shape[3], v.shape[3], q.shape[1])
+    batch, length, heads, _ = q.shape
+    found = capability(name).tile(
+        request.direction, q.shape[3], v.shape[3], length, batch * heads * length
+    )
     if found is None:
         return {}
     itemsize = 1 if request.dtype == torch.float8_e4m3fn else q.element_size()

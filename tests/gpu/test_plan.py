@@ -24,11 +24,11 @@ def test_tiles_of_the_table(version: str, rows: int) -> None:
         dtype, way = DTYPES[code], ("forward", "backward")[direction]
         if dtype not in (torch.float16, torch.bfloat16):
             continue
-        shapes = [(1, rows, 8, d) for d in (dim, dim, dim_v)]
+        shapes = [(1, rows, 32, d) for d in (dim, dim, dim_v)]
         q, k, v = (torch.empty(shape, dtype=dtype, device=DEVICE) for shape in shapes)
         problem, _ = runner.plan(direction, q, k, v, Spec(1.0))
         plan = runner.module.plan(direction, problem)
-        tile = capability(version).tile(way, dim, dim_v, rows)
+        tile = capability(version).tile(way, dim, dim_v, rows, 32 * rows)
         fields = ("block_q", "block_kv", "stages", "threads")
         said = {name: (asdict(tile)[name] if tile else None) for name in fields}
         seen += 1
