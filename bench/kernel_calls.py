@@ -58,8 +58,8 @@ SMALL = (
           options={"causal": True}),
     Shape("many tiles", (200,), (130,), heads=80, heads_kv=40),
     Shape("packed, long", (1100, 30, 70), (90, 20, 100), packed=True, options={"causal": True}),
-    Shape("long", (8200,), (70,), heads=32, heads_kv=1),
 )  # fmt: skip
+LONG = Shape("long", (8200,), (70,), heads=32, heads_kv=1)  # v3's tiles of long sequences
 QUANTIZED = tuple(Shape(f"scale per {name}", options={"granularity": name})
                   for name in ("tensor", "head"))  # fmt: skip
 DETERMINISTIC = replace(SMALL[1], name="causal, deterministic",
@@ -78,6 +78,8 @@ def shapes(kernel: Kernel) -> tuple[Shape, ...]:
         return SMALL[1:3] + SMALL[4:5]
     if kernel.code == E4M3:
         return (*SMALL, *QUANTIZED)
+    if kernel.version == "v3_hopper" and not kernel.direction:
+        return (*SMALL, LONG)
     return (*SMALL, DETERMINISTIC) if kernel.direction else SMALL
 
 
