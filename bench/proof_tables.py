@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from bench import digest, record, repeat
+from bench.sanitize import TOOLS
 from bench.study_tables import markdown
 
 Row = dict[str, Any]
+CODES = {"fp16": 0, "bf16": 1, "fp32": 2, "e4m3": 3}
 
 
 def tested(folder: Path) -> str:
@@ -82,7 +85,43 @@ def sections(folder: Path) -> list[tuple[str, str]]:
     return [(heading, table) for heading, table in found if table]
 
 
-def summary(folder: Path) -> str:
+def listed(version: str) -> set[tuple[int, ...]]:
+    """(direction, dtype code, head dim, head dim of V) of every kernel in CMakeLists.txt."""
+    rows: set[tuple[int, ...]] = set()
+    for direction, names in digest.instances(version).items():
+        for name in names:
+            dtype, dim, *dim_v = name.split(":")
+            value = int(dim_v[0]) if dim_v else int(dim)
+            rows.add((int(direction == "backward"), CODES[dtype], int(dim), value))
+    return rows
+
+
+def current(folder: Path, file: str, part: str, version: str) -> list[Row]:
+    """Recorded rows of a version's present sources."""
+    now = digest.digest(version)
+    return [row for row in record.read(folder / file).get(part, [])
+            if row["version"] == version and row["digest"] == now]  # fmt: skip
+
+
+def gaps(folder: Path, tools: tuple[str, ...]) -> list[str]:
+    """Kernels of the present sources that a proof has not reached."""
+    found = []
+    for version in digest.VERSIONS:
+        for tool in tools:
+            rows = current(folder, "sanitizer.json", "sanitizer", version)
+            seen = {tuple(k) for r in rows for k in r["kernels"]
+                    if r["tool"] == tool and "why" not in r}  # fmt: skip
+            found.append((f"{tool} {version}", len(listed(version) - seen)))
+        runs: Counter[tuple[int, ...]] = Counter()
+        for row in current(folder, "repeat.json", "repeat", version):
+            runs[tuple(row["kernel"])] += row["runs"]
+        forward = repeat.FORWARD.get(version, repeat.OTHERS)
+        few = [k for k in listed(version) if runs[k] < (repeat.OTHERS if k[0] else forward)]
+        found.append((f"repeated runs {version}", len(few)))
+    return [f"{what} {count} kernels" for what, count in found if count]
+
+
+def summary(folder: Path, tools: tuple[str, ...] = TOOLS) -> str:
     """The README's line: what stands behind the kernels on this GPU."""
     parts = []
     versions = record.read(folder / "tests.json").get("versions", {})
@@ -91,12 +130,15 @@ def summary(folder: Path) -> str:
         parts.append(f"GPU tests passed: {passed}.")
     rows = record.read(folder / "sanitizer.json").get("sanitizer", [])
     if rows:
-        tools = ", ".join(sorted({row["tool"] for row in rows}))
+        used = ", ".join(sorted({row["tool"] for row in rows}))
         odd = [r for r in rows if verdict(r) != "clean"]
         said = "; ".join(f"{r['version']} {r['direction']} {r['tool']}: {verdict(r)}" for r in odd)
-        parts.append(f"compute-sanitizer ({tools}) over every kernel: {said or 'clean'}.")
+        parts.append(f"compute-sanitizer ({used}): {said or 'clean'}.")
     rows = record.read(folder / "repeat.json").get("repeat", [])
     if rows:
         parts.append(f"{sum(r['runs'] for r in rows):,} repeated runs of {len(rows)} kernels and "
                      f"shapes: {sum(r['differing'] for r in rows)} differ in any bit.")  # fmt: skip
+    if any((folder / name).is_file() for name in ("sanitizer.json", "repeat.json")):
+        missing = gaps(folder, tools)
+        parts += [f"Not reached on the present sources: {'; '.join(missing)}."] if missing else []
     return " ".join(parts)
