@@ -131,9 +131,12 @@ def summary(folder: Path, tools: tuple[str, ...] = TOOLS) -> str:
     rows = record.read(folder / "sanitizer.json").get("sanitizer", [])
     if rows:
         used = ", ".join(sorted({row["tool"] for row in rows}))
-        odd = [r for r in rows if verdict(r) != "clean"]
+        present = [r for r in rows if r["digest"] == digest.digest(r["version"])]
+        odd = [r for r in present if verdict(r) != "clean"]
         said = "; ".join(f"{r['version']} {r['direction']} {r['tool']}: {verdict(r)}" for r in odd)
-        parts.append(f"compute-sanitizer ({used}): {said or 'clean'}.")
+        parts.append(
+            f"compute-sanitizer ({used}): {said or 'clean' if present else 'of earlier sources'}."
+        )
     rows = record.read(folder / "repeat.json").get("repeat", [])
     if rows:
         parts.append(f"{sum(r['runs'] for r in rows):,} repeated runs of {len(rows)} kernels and "

@@ -128,14 +128,15 @@ def test_pages_show_the_proofs(tmp_path: Path) -> None:
     folder = tmp_path / "gpu"
     dirty = {**sanitize.verdict(MEMCHECK, 0), "tool": "memcheck"}
     clean = {**sanitize.verdict(CLEAN, 0), "tool": "racecheck"}
-    about = {"version": "v3_hopper", "direction": "forward", "digest": "abc", "date": "2026-01-02T"}
+    now = digest.digest("v3_hopper")
+    about = {"version": "v3_hopper", "direction": "forward", "digest": now, "date": "2026-01-02T"}
     rows = [{**about, **dirty}, {**about, **clean}]
     record.write(folder / "sanitizer.json", {"sanitizer": rows})
     once = {"version": "v3_hopper", "name": "forward bf16:64", "shape": "full", "runs": 10_000,
-            "differing": 0, "digest": "abc", "date": "2026-01-02T"}  # fmt: skip
+            "differing": 0, "digest": now, "date": "2026-01-02T"}  # fmt: skip
     record.write(folder / "repeat.json", {"repeat": [once]})
     (_, sanitized), (_, repeated) = proof_tables.sections(folder)
     assert "2 errors, 0 warnings | clean" in sanitized
-    assert "10000 | 0 | abc" in repeated
+    assert f"10000 | 0 | {now}" in repeated
     assert "v3_hopper forward memcheck: 2 errors" in proof_tables.summary(folder)
     assert "10,000 repeated runs" in proof_tables.summary(folder)
