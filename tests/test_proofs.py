@@ -133,6 +133,7 @@ def test_pages_show_the_proofs(tmp_path: Path) -> None:
     rows = [{**about, **dirty}, {**about, **clean}]
     record.write(folder / "sanitizer.json", {"sanitizer": rows})
     once = {"version": "v3_hopper", "name": "forward bf16:64", "shape": "full", "runs": 10_000,
+            "kernel": [0, 1, 64, 64],
             "differing": 0, "digest": now, "date": "2026-01-02T"}  # fmt: skip
     record.write(folder / "repeat.json", {"repeat": [once]})
     (_, sanitized), (_, repeated) = proof_tables.sections(folder)
