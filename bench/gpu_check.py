@@ -34,7 +34,7 @@ from flash.study.timing import Board, Stopwatch
 
 SHARED_TESTS = (
     "test_forward", "test_backward", "test_properties", "test_properties_layout", "test_varlen",
-    "test_sdpa", "test_ops",
+    "test_sdpa", "test_ops", "test_magnitudes",
 )  # fmt: skip
 HANG_SECONDS = 60  # for one test; the slowest took under 5 s on one H200
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
