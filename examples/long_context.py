@@ -134,6 +134,7 @@ def main() -> None:
             print(f"{text}  {rate:,.0f} tokens/s", flush=True)
     if rank == 0:
         print(f"guessing is {math.log(args.vocabulary):.3f}; {world} processes on {device.type}")
+    dist.barrier()  # nobody's group goes while another still uses it
     dist.destroy_process_group()
 
 
