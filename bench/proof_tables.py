@@ -20,7 +20,9 @@ def tested(folder: Path) -> str:
         (f"`{name}`", found["passed"], found["failed"], found["digest"], found["date"][:10])
         for name, found in sorted(versions.items())
     ]
-    return markdown(("version", "passed", "failed", "sources", "date"), lines) if lines else ""
+    table = markdown(("version", "passed", "failed", "sources", "date"), lines)
+    notes = [f"`{name}`: {row['note']}" for name, row in versions.items() if "note" in row]
+    return "\n\n".join([table, *notes]) if lines else ""
 
 
 def sanitized(folder: Path) -> str:
