@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bench import digest, record, study_tables
+from bench.proof_tables import listed
 
-CODES = {"fp16": 0, "bf16": 1, "fp32": 2, "e4m3": 3}
 REFRESH = "run `python -m bench.gpu_check --tests` on a GPU and commit bench/results"
 FILES = sorted(record.RESULTS.glob("*/*.json"))
 WITH_KERNELS = [version for version in digest.VERSIONS if digest.has_kernels(version)]
@@ -20,16 +20,6 @@ def runs_of(version: str) -> list[dict[str, Any]]:
     """Every recorded GPU test run of a version."""
     records = (record.read(path) for path in record.RESULTS.glob("*/tests.json"))
     return [found["versions"][version] for found in records if version in found["versions"]]
-
-
-def listed(version: str) -> set[tuple[int, int, int, int]]:
-    rows = set()
-    for direction, names in digest.instances(version).items():
-        for name in names:
-            dtype, dim, *dim_v = name.split(":")
-            value = int(dim_v[0]) if dim_v else int(dim)
-            rows.add((int(direction == "backward"), CODES[dtype], int(dim), value))
-    return rows
 
 
 def passing(version: str) -> list[dict[str, Any]]:

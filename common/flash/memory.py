@@ -12,7 +12,7 @@ kept: dict[Key, Any] = {}
 
 
 def key_of(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Key | None:
-    """Everything that the checks of a plain call read; None if these are no tensors.
+    """Everything that the checks of a plain call read; None if these are no such tensors.
 
     Numbers that are equal differ by type: True is a flag, 1 is not.
     """
@@ -27,7 +27,7 @@ def key_of(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Key | None:
             options, type(causal), type(scale), type(softcap), type(deterministic),
             window is not None and tuple(map(type, window)),
         )  # fmt: skip
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, RuntimeError):  # nested tensors have no shape
         return None
 
 
