@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -278,6 +277,7 @@ def test_named_backend_never_falls_back(name: str, backend: str) -> None:
     assert set(found.reasons) == set(flash.capabilities())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("kind", ["sparse", "nested", "strided nested"])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_kinds_of_tensors(name: str, kind: str) -> None:
@@ -286,9 +286,7 @@ def test_kinds_of_tensors(name: str, kind: str) -> None:
         given[name] = given[name].to_sparse()
     else:
         kept = torch.strided if kind == "strided nested" else torch.jagged
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of the older kind
-            given[name] = torch.nested.nested_tensor(list(given[name]), layout=kept)
+        given[name] = torch.nested.nested_tensor(list(given[name]), layout=kept)
     raises_well(ENTRY["attention"], given, flash.UnsupportedError)
     works(ENTRY["attention"], torch.device("cpu"))
 
