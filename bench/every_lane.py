@@ -16,6 +16,7 @@ from bench.variants import Variant
 
 _BACKWARD, _KEYS = "v3_hopper/backward.cuh", "v3_hopper/backward_keys.cuh"
 _QUERIES, _LOAD = "v3_hopper/backward_queries.cuh", "v3_hopper/load_backward.cuh"
+_NARROW = "v3_hopper/narrow_backward.cuh"
 _ONE, _EVERY = "if (threadIdx.x % 32 == 0) barrier.arrive();", "barrier.arrive();"
 _WARPS, _LANES = "kWarps = Traits::kConsumers * 4;", "kWarps = Traits::kConsumers * 128;"
 _MEET = "named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);\n"
@@ -38,6 +39,12 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     (_KEYS, "_free[i].init(4);", "_free[i].init(128);"),
     *((file, f"_full{index}.init(1);", f"_full{index}.init(32);")
       for file in (_BACKWARD, _QUERIES) for index in ("", "[i]")),
+    (_NARROW, _ONE, _EVERY),
+    (_NARROW, "kWarps = 4 * kConsumers;", "kWarps = 128 * kConsumers;"),
+    (_NARROW, ".init(4);", ".init(128);"),
+    *((_NARROW, f" {name}_full[i].init(1);", f" {name}_full[i].init(32);")
+      for name in ("k", "v", "q", "dout")),
+    (_NARROW, "if (!step.valid() && self.leader) {", "if (!step.valid()) {"),
     (_LOAD, "    if (clean) return;\n",
      "    if (clean) {\n      if (!leader) full.arrive();\n      return;\n    }\n"),
     (_LOAD, "    if (leader) full.arrive();\n", "    full.arrive();\n"),

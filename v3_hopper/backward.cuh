@@ -65,18 +65,13 @@ struct KeyConsumer {
     return !sequence.all_visible(row, Traits::kBlockQ, first_key, 64);
   }
 
-  // Are there keys that dQ would spread to rows that do not see them? Same answer in all threads.
-  __device__ __forceinline__ bool find_poison() const {
-    const int begin = tile.block * Traits::kBlockKV;
-    const Range rows = sequence.rows(begin, Traits::kBlockKV);
-    if (sequence.all_visible(rows.begin, rows.end - rows.begin, begin, Traits::kBlockKV)) {
-      return false;
-    }
-    return any_at(kKeysRead, kThreads, find_non_finite(shared.k, key, 64, kWarpgroup));
-  }
-  __device__ __forceinline__ void remove_poison() const {
-    remove_non_finite(shared.k, key, 64, kWarpgroup, shared.poison);
-    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);  // these keys are zero now
+  // Keys that are not finite become zero, before dQ spreads them to rows that do not see them.
+  __device__ __forceinline__ void remove_poison(int slot) const {
+    int first = key;
+    asm volatile("" : "+r"(first));  // else every step prepares for it
+    remove_non_finite(shared.k, first, 64, kWarpgroup, shared.poison);
+    named_sync(kKeysRead, kThreads);  // all keys are finite, and all have seen the sign
+    if (threadIdx.x == kWarpgroup) shared.suspicious[slot] = 0;
   }
 
   // Rounds a gradient into this warpgroup's rows of a tile that nobody reads any more.
@@ -104,10 +99,8 @@ struct Fragments {
   float dq[Traits::kColumnsDQ / 2];    // (64 rows, this warpgroup's columns)
   uint32_t p16[Traits::kBlockQ / 4];   // P^T as an operand
   uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
-  uint32_t k[Traits::kHeadDim / 4];    // this warpgroup's keys, if there is room
-  uint32_t v[Traits::kHeadDim / 4];
-  int row;      // of S
-  bool masked;  // P
+  int row;                             // of S
+  bool masked;                         // P
 };
 
 // Where a step finds its tiles.
@@ -129,11 +122,7 @@ __device__ __forceinline__ void issue_scores(const KeyConsumer<Traits>& self, Fr
   if constexpr (kStarted) start(r.s, shared.lse[q.slot] + self.column());
   pin(r.s);
   wgmma_begin();
-  if constexpr (Traits::kRoomy) {
-    gemm_scores<Traits::kHeadDim>(r.s, r.k, shared.q[q.slot], kStarted);
-  } else {
-    gemm_scores<Traits::kHeadDim>(r.s, shared.k, self.key, shared.q[q.slot], kStarted);
-  }
+  gemm_scores<Traits::kHeadDim>(r.s, shared.k, self.key, shared.q[q.slot], kStarted);
   wgmma_commit();
 }
 
@@ -141,10 +130,13 @@ __device__ __forceinline__ void issue_scores(const KeyConsumer<Traits>& self, Fr
 template <class Traits>
 __device__ __forceinline__ void find_probabilities(const KeyConsumer<Traits>& self,
                                                    Fragments<Traits>& r, const Exponent& exponent,
-                                                   int slot) {
+                                                   int slot, int slot_ds) {
   pin(r.s);
-  if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
   r.masked = self.masked(r.row);
+  if (r.masked && hides_non_finite(r.s, self.sequence, self.position(r.row))) {
+    self.shared.suspicious[slot_ds] = 1;
+  }
+  if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
   if (r.masked) mask(r.s, self.sequence, self.position(r.row), exponent.hidden());
   float p[Traits::kBlockQ / 2];
   probabilities<Traits::kSoftcap>(r.s, p, self.shared.lse[slot] + self.column(), exponent.scale);
@@ -162,11 +154,7 @@ __device__ __forceinline__ void issue_dp(const KeyConsumer<Traits>& self, Fragme
   start(r.dp, shared.delta[dout.slot] + self.column());
   pin(r.dp);
   wgmma_begin();
-  if constexpr (Traits::kRoomy) {
-    gemm_scores<Traits::kHeadDim>(r.dp, r.v, shared.dout[dout.slot], true);
-  } else {
-    gemm_scores<Traits::kHeadDim>(r.dp, shared.v, self.key, shared.dout[dout.slot], true);
-  }
+  gemm_scores<Traits::kHeadDim>(r.dp, shared.v, self.key, shared.dout[dout.slot], true);
   wgmma_commit();
 }
 
@@ -183,24 +171,34 @@ __device__ __forceinline__ void hand_over_dq(const KeyConsumer<Traits>& self, Fr
   self.arrive(shared.dq_full[self.warpgroup]);
 }
 
+// A gradient leaves by way of this warpgroup's rows of V, which nobody reads any more.
+template <class Traits, int N>
+__device__ __forceinline__ void store_by_v(const KeyConsumer<Traits>& self, float (&d)[N],
+                                           float scale, const View& view, int columns) {
+  int mine = self.key - self.first_key + self.position(0).key;
+  asm volatile("" : "+r"(mine));  // else every step prepares for it
+  spoil(d, self.shared.poison, mine);
+  self.stage(self.shared.v, d, scale);
+  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have staged
+  self.store(self.shared.v, view, columns);
+}
+
 // One block of query rows, from P to dQ; and, unless it is the last, S and P of the next.
 template <class Traits, bool kLast>
 __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                           const Exponent& exponent, Rings<Traits>& ring,
                                           bool first) {
-  constexpr int kNextDP = Traits::kEarlyDP && !kLast ? 1 : 0;  // products of the next step's dP
   auto& shared = self.shared;
   const int slot_q = ring.q.slot;
   const int slot_do = ring.dout.slot;
   const int slot = ring.ds.slot;
-  if constexpr (!Traits::kEarlyDP) issue_dp(self, r, ring.dout);
+  issue_dp(self, r, ring.dout);
   pin(r.p16);
   wgmma_begin();
   gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
   wgmma_commit();
   wgmma_wait<1>();  // dP is there, and the dK before it
   pin(r.dp);
-  if constexpr (Traits::kRoomy) pin(r.ds16);  // it may change
   if (!first) self.arrive(shared.q_free[(slot_q + Traits::kStagesQ - 1) % Traits::kStagesQ]);
   if (r.masked) mask_gradient(r.dp, r.s);
   score_gradient(r.dp, r.s);
@@ -213,36 +211,25 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   ring.dout.advance();
   ring.ds.advance();
   if constexpr (!kLast) issue_scores(self, r, ring.q);
-  if constexpr (kNextDP == 1) issue_dp(self, r, ring.dout);
   named_sync(kScoreGradientStored, KeyConsumer<Traits>::kThreads);  // dS of all keys is there
+  if (shared.suspicious[slot]) self.remove_poison(slot);
   wgmma_begin();
   gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
   wgmma_commit();
-  if constexpr (Traits::kRoomy) {
-    gemm_gradient(r.dk, r.ds16, shared.q[slot_q]);
-  } else {
-    gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot_q]);
-  }
+  gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot_q]);
   wgmma_commit();
   if constexpr (!kLast) {
-    wgmma_wait<2 + kNextDP>();  // S is there, and the dV before it
-    pin(r.p16);                 // whose operand may change
+    wgmma_wait<2>();  // S is there, and the dV before it
+    pin(r.p16);       // whose operand may change
     self.arrive(shared.dout_free[slot_do]);
-    find_probabilities(self, r, exponent, ring.q.slot);
+    find_probabilities(self, r, exponent, ring.q.slot, ring.ds.slot);
+  } else {
+    wgmma_wait<2>();  // dV is there, and leaves while dQ and dK are computed
+    pin(r.p16);
+    pin(r.dv);
+    store_by_v(self, r.dv, 1.0f, self.p.dv, self.p.head_dim_v);
   }
   hand_over_dq<Traits>(self, r, slot);
-}
-
-// dK and dV leave by way of the memory of K and V, which nobody reads any more.
-template <class Traits>
-__device__ __forceinline__ void store_gradients(const KeyConsumer<Traits>& self,
-                                                Fragments<Traits>& r) {
-  named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);
-  self.stage(self.shared.v, r.dv, 1.0f);
-  self.stage(self.shared.k, r.dk, self.p.scale);
-  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have staged
-  self.store(self.shared.v, self.p.dv, self.p.head_dim_v);
-  self.store(self.shared.k, self.p.dk, self.p.head_dim);
 }
 
 template <class Traits>
@@ -258,39 +245,22 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
   if (steps > 0) {
     shared.k_full.wait(0);
     Rings<Traits> ring;
-    if constexpr (Traits::kRoomy) {
-      for (uint32_t& x : r.ds16) x = 0;
-      load_fragment(r.k, shared.k, self.key);
-      pin(r.k);
-    }
-    if (self.find_poison()) self.remove_poison();
     issue_scores(self, r, ring.q);
     shared.v_full.wait(0);
-    if constexpr (Traits::kRoomy) {
-      load_fragment(r.v, shared.v, self.key);
-      pin(r.v);
-    }
     wgmma_wait<0>();
     pin(r.s);
-    if constexpr (Traits::kEarlyDP) {
-      issue_dp(self, r, ring.dout);
-      wgmma_wait<0>();
-      pin(r.dp);
-    }
-    find_probabilities(self, r, exponent, 0);
+    find_probabilities(self, r, exponent, 0, 0);
     for (int i = 0; i < steps - 1; ++i) {
       take_step<Traits, false>(self, r, exponent, ring, i == 0);
     }
     take_step<Traits, true>(self, r, exponent, ring, steps == 1);
     wgmma_wait<0>();
-    pin(r.p16);
     pin(r.dk);
-    pin(r.dv);
-    const int first = self.key - self.first_key + self.position(0).key;
-    spoil(r.dk, shared.poison, first);
-    spoil(r.dv, shared.poison, first);
+  } else {
+    store_by_v(self, r.dv, 1.0f, p.dv, p.head_dim_v);
   }
-  store_gradients(self, r);
+  named_sync(kWarpgroupDone + self.warpgroup, kWarpgroup);  // all four warps have copied dV
+  store_by_v(self, r.dk, p.scale, p.dk, p.head_dim);
 }
 
 template <class Traits>
@@ -311,6 +281,7 @@ __global__ __launch_bounds__(Traits::kThreads,
       shared.dq_free[i].init(1);
     }
     for (uint32_t& bits : shared.poison) bits = 0;
+    shared.suspicious[0] = shared.suspicious[1] = 0;
     init_barriers<Traits>(shared);
   }
   __syncthreads();

@@ -27,20 +27,6 @@ __device__ __forceinline__ void gemm_scores(float (&d)[kRowsB / 2],
   }
 }
 
-// The same with A (64 rows, dim) in registers.
-template <int kDim, class Element, int kChunks, int kRowsB>
-__device__ __forceinline__ void gemm_scores(float (&d)[kRowsB / 2], const uint32_t (&a)[kDim / 4],
-                                            const Element (&b)[kChunks][kRowsB][kChunkColumns],
-                                            bool accumulate) {
-  const uint64_t columns = descriptor_k(b[0]);
-#pragma unroll
-  for (int i = 0; i < kDim / 16; ++i) {
-    wgmma<kRowsB>::template rs<Element>(
-        d, a + 4 * i, advance(columns, i / 4 * int(sizeof(b[0])) + i % 4 * kSlabBytes),
-        accumulate || i > 0);
-  }
-}
-
 // A gradient: D (64, dim) += A (64, kRows) from registers, B (kRows, dim).
 template <class Element, int N, int kSlabs, int kChunks, int kRows>
 __device__ __forceinline__ void gemm_gradient(float (&d)[N], const uint32_t (&a)[kSlabs],
@@ -79,6 +65,19 @@ __device__ __forceinline__ void gemm_dq(float (&d)[N], const Element (&ds)[kKeys
   for (int i = 0; i < kKeys / 16; ++i) {
     wgmma<2 * N>::template ss<Element, Major::kMN, Major::kMN>(
         d, advance(rows, i * kSlabRowsBytes), advance(columns, i * kSlabRowsBytes), i > 0);
+  }
+}
+
+// dQ^T: D (64 dims, rows) = K^T (dims, all keys) from registers, dS^T (all keys, rows).
+template <class Element, int N, int kSlabs, int kKeys, int kRows>
+__device__ __forceinline__ void gemm_dq_transposed(float (&d)[N], const uint32_t (&k)[kSlabs],
+                                                   const Element (&ds)[kKeys][kRows]) {
+  static_assert(kSlabs == kKeys / 4 && kRows == kChunkColumns, "A and B must be equally deep");
+  const uint64_t rows = descriptor_mn(ds, sizeof(ds));
+#pragma unroll
+  for (int i = 0; i < kKeys / 16; ++i) {
+    wgmma<2 * N>::template rs<Element, Major::kMN>(d, k + 4 * i, advance(rows, i * kSlabRowsBytes),
+                                                   i > 0);
   }
 }
 

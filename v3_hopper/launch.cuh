@@ -9,13 +9,6 @@
 
 namespace flash::v3 {
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // The constants and the kernel that serve an instance.
 template <class Instance, bool kFeatured>
 using ForwardTraits =

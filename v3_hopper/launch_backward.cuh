@@ -1,10 +1,13 @@
 // The backward pass on the host: tensor maps, scratch memory, and the launch of three kernels.
 #pragma once
 
+#include <algorithm>
+
 #include "common/backend.h"
 #include "common/launch.cuh"
 #include "v3_hopper/backward.cuh"
 #include "v3_hopper/backward_keys.cuh"
+#include "v3_hopper/backward_narrow.cuh"
 #include "v3_hopper/backward_queries.cuh"
 #include "v3_hopper/rows_backward.cuh"
 
@@ -12,7 +15,7 @@ namespace flash::v3 {
 
 // Bytes of scratch memory in the order of its parts, each 256-byte aligned.
 struct ScratchLayout {
-  int64_t blocks, dq, stats, turns;
+  int64_t blocks, dq, stats, turns;  // behind the turns: the next tile
 
   ScratchLayout(const Problem& p, int dim, bool varlen) {
     const int64_t uniform = p.batch * blocks_of(p.seqlen_q);
@@ -20,21 +23,32 @@ struct ScratchLayout {
     blocks = varlen ? packed : uniform;
     dq = p.heads_q * blocks * kGradientRows * dim * int64_t(sizeof(float));
     stats = p.heads_q * blocks * kGradientRows * int64_t(sizeof(float));
-    turns = (p.heads_q * blocks * 2 * int64_t(sizeof(int)) + 255) / 256 * 256;
+    turns = ((p.heads_q * blocks * 2 + 1) * int64_t(sizeof(int)) + 255) / 256 * 256;
   }
   int64_t bytes() const { return dq + 2 * stats + turns; }
 };
 
 // Heads whose key tiles run side by side: one when every tile is as long as the next, else as
-// many as leave Q, dO and the fp32 dQ of all of them in L2.
+// many as leave Q, dO and the fp32 dQ of all of them in L2, so few that a head's tiles still meet.
 inline int heads_at_once(const Problem& p) {
   const int64_t heads = int64_t(p.batch) * p.heads_kv;
   if (p.window_left == kUnlimited && p.window_right == kUnlimited) return 1;
   const int64_t bytes_per_head =
-      int64_t(p.heads_q / p.heads_kv) * p.seqlen_q * p.head_dim * int64_t(2 + 2 + 4) + 1;
+      int64_t(p.heads_q / p.heads_kv) * p.seqlen_q * p.head_dim * int64_t(2 + 2 + 4);
   constexpr int64_t kL2Share = 32 << 20;
-  const int64_t fit = kL2Share / bytes_per_head;
-  return int(fit < 1 ? 1 : fit < heads ? fit : heads);
+  constexpr int64_t kMost = 16;
+  const int64_t in_l2 = kL2Share / std::max<int64_t>(bytes_per_head, 1);
+  const int64_t fit = std::max<int64_t>(std::min(in_l2, kMost), 1);
+  const int64_t rounds = (heads + fit - 1) / fit;
+  // All rounds alike: a short last one would end with long tiles on few multiprocessors.
+  return rounds == 0 ? 1 : int((heads + rounds - 1) / rounds);
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
@@ -45,6 +59,7 @@ inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
   scratch.lse = reinterpret_cast<float*>(base + layout.dq);
   scratch.delta = reinterpret_cast<float*>(base + layout.dq + layout.stats);
   scratch.turn = reinterpret_cast<int*>(base + layout.dq + 2 * layout.stats);
+  scratch.next_tile = scratch.turn + p.heads_q * layout.blocks * 2;
   scratch.blocks = layout.blocks;
   scratch.tiles_per_head = (p.seqlen_k + block_kv - 1) / block_kv;
   scratch.heads_at_once = heads_at_once(p);
@@ -76,9 +91,9 @@ cudaError_t make_backward_maps(BackwardMaps& maps, const BackwardParams& p, int 
   return status;
 }
 
-// Up to 128 dims: one kernel for all gradients, between two short ones.
+// 65 to 128 dims: one kernel for all gradients, between two short ones.
 template <class Traits>
-cudaError_t launch_narrow(const BackwardParams& p) {
+cudaError_t launch_medium(const BackwardParams& p) {
   using Element = typename Traits::Element;
   BackwardMaps maps;
   cudaError_t status = make_backward_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockKV);
@@ -95,7 +110,35 @@ cudaError_t launch_narrow(const BackwardParams& p) {
                     maps, scratch);
   }
   if (status == cudaSuccess && rows.x > 0) {
-    status = launch(round_dq<Element, kDim>, rows, kRowThreads, 0, p.stream, p, scratch);
+    status = launch(round_dq<Element, kDim, false>, rows, kRowThreads, 0, p.stream, p, scratch);
+  }
+  return status;
+}
+
+// Up to 64 dims: the same with CTAs that stay, one per multiprocessor.
+template <class Traits>
+cudaError_t launch_narrow(const BackwardParams& p) {
+  using Element = typename Traits::Element;
+  BackwardMaps maps;
+  cudaError_t status = make_backward_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockKV);
+  if (status != cudaSuccess) return status;
+  constexpr int kDim = Traits::kPaddedDim;
+  const Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
+  const dim3 rows = row_blocks(p);
+  const int64_t tiles = int64_t(scratch.tiles_per_head) * p.heads_kv * p.batch;
+  if (tiles > (1 << 30)) return cudaErrorInvalidValue;  // tiles are counted in 32 bits
+  if (rows.x > 0) {
+    status = launch(prepare_rows<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
+  } else {
+    status = cudaMemsetAsync(scratch.next_tile, 0, sizeof(int), p.stream);
+  }
+  if (status == cudaSuccess && tiles > 0) {
+    const dim3 grid(unsigned(std::min<int64_t>(tiles, multiprocessors())));
+    status = launch(backward_narrow<Traits>, grid, Traits::kThreads, Traits::kSharedBytes, p.stream,
+                    p, maps, scratch, int(tiles));
+  }
+  if (status == cudaSuccess && rows.x > 0) {
+    status = launch(round_dq<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
   }
   return status;
 }
@@ -132,6 +175,8 @@ cudaError_t launch_wide(const BackwardParams& p) {
 
 template <class Instance>
 inline constexpr bool kWide = Instance::kHeadDim > 128 || Instance::kHeadDimV > 128;
+template <class Instance>
+inline constexpr bool kNarrow = Instance::kHeadDim <= 64 && Instance::kHeadDimV <= 64;
 
 template <class Instance>
 cudaError_t launch_backward(const BackwardParams& p) {
@@ -139,9 +184,12 @@ cudaError_t launch_backward(const BackwardParams& p) {
     return p.softcap > 0.0f
                ? launch_wide<KeysTraits<Instance, true>, QueriesTraits<Instance, true>>(p)
                : launch_wide<KeysTraits<Instance, false>, QueriesTraits<Instance, false>>(p);
+  } else if constexpr (kNarrow<Instance>) {
+    return p.softcap > 0.0f ? launch_narrow<NarrowTraits<Instance, true>>(p)
+                            : launch_narrow<NarrowTraits<Instance, false>>(p);
   } else {
-    return p.softcap > 0.0f ? launch_narrow<BackwardTraits<Instance, true>>(p)
-                            : launch_narrow<BackwardTraits<Instance, false>>(p);
+    return p.softcap > 0.0f ? launch_medium<BackwardTraits<Instance, true>>(p)
+                            : launch_medium<BackwardTraits<Instance, false>>(p);
   }
 }
 
@@ -165,6 +213,11 @@ template <class Instance>
 Plan plan_backward(const Problem& p) {
   if constexpr (kWide<Instance>) {
     return plan_of<KeysTraits<Instance, false>>(p, 0);
+  } else if constexpr (kNarrow<Instance>) {
+    using Traits = NarrowTraits<Instance, false>;
+    Plan plan = plan_of<Traits>(p, Traits::kPaddedDim);
+    plan.grid = std::min<int64_t>(plan.grid, multiprocessors());
+    return plan;
   } else {
     using Traits = BackwardTraits<Instance, false>;
     return plan_of<Traits>(p, Traits::kPaddedDim);

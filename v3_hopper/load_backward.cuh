@@ -30,19 +30,18 @@ __device__ __forceinline__ void clear_rows(Element (&tile)[kChunks][kRows][kChun
   }
 }
 
-// A warpgroup's 64 rows of a tile, from `row`, as a register operand.
-template <class Element, int kChunks, int kRows, int N>
-__device__ __forceinline__ void load_fragment(uint32_t (&r)[N],
-                                              const Element (&tile)[kChunks][kRows][kChunkColumns],
-                                              int row) {
-  static_assert(N == kChunks * 16, "whole chunks");
+// A tile of keys of one chunk, transposed, as a register operand: 64 dims by all keys.
+template <class Element, int kKeys, int N>
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[N],
+                                                const Element (&tile)[1][kKeys][kChunkColumns]) {
+  static_assert(N == kKeys / 4, "all keys");
   const int lane = threadIdx.x % 32;
-  const int mine = row + threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
+  const int piece = threadIdx.x % kWarpgroup / 32 * 2 + lane / 8 % 2;  // of 8 dims
 #pragma unroll
   for (int slab = 0; slab < N / 4; ++slab) {
-    const int piece = (slab % 4 * 2 + lane / 16) ^ (mine % 8);
-    const uint32_t address = shared_address(&tile[slab / 4][mine][piece * 8]);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    const int key = 16 * slab + lane / 16 * 8 + lane % 8;
+    const uint32_t address = shared_address(&tile[0][key][(piece ^ key % 8) * 8]);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[4 * slab]), "=r"(r[4 * slab + 1]), "=r"(r[4 * slab + 2]),
                    "=r"(r[4 * slab + 3])
                  : "r"(address)

@@ -18,10 +18,11 @@ struct RowBlock {
   bool sees_keys;
 
   __device__ __forceinline__ RowBlock(const BackwardParams& p, const Scratch& scratch) {
-    const int blocks = int(blocks_of(p.seqlen_q));  // of every head, in one dimension of the grid
-    const int block = blockIdx.x % blocks;
-    head = blockIdx.x / blocks % p.heads_q;
-    batch = blockIdx.x / blocks / p.heads_q;
+    // One dimension of the grid; heads vary first, since their rows mostly lie side by side.
+    const int blocks = int(blocks_of(p.seqlen_q));
+    head = blockIdx.x % p.heads_q;
+    const int block = blockIdx.x / p.heads_q % blocks;
+    batch = blockIdx.x / p.heads_q / blocks;
     const Sequence sequence(p, batch);
     row = block * kGradientRows;
     rows = min(kGradientRows, sequence.seqlen_q - row);
@@ -66,6 +67,7 @@ template <class Element, int kDim, bool kSumsDQ>
 __global__ __launch_bounds__(kRowThreads) void prepare_rows(
     const __grid_constant__ BackwardParams p, const __grid_constant__ Scratch scratch) {
   constexpr int kLanes = kDim <= 64 ? 8 : kDim <= 128 ? 16 : 32;  // per row
+  if (kSumsDQ && blockIdx.x == 0 && threadIdx.x == 0) *scratch.next_tile = 0;
   const RowBlock block(p, scratch);
   if (block.rows <= 0) return;
   const int lane = threadIdx.x % kLanes;
@@ -99,29 +101,66 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows(
   if (kSumsDQ && threadIdx.x < 2) scratch.turn[block.index * 2 + threadIdx.x] = 0;
 }
 
-// dQ = scale * its fp32 sums, which lie in the order of the accumulators of two warpgroups.
-template <class Element, int kDim>
+// Rounds the sums of a block of dQ into `rows` of `kStride` elements. They lie in the order of the
+// accumulators: of two warpgroups that share its columns,
+template <int kStride, class Element, int N>
+__device__ __forceinline__ void round_block(Element* rows, const float4 (&sums)[N], float scale) {
+  const int thread = threadIdx.x % kWarpgroup;
+  const int row = thread / 32 * 16 + thread % 32 / 4;
+  const int column = threadIdx.x / kWarpgroup * (8 * N) + thread % 4 * 2;
+  auto put = [&](int at, float low, float high) {
+    *reinterpret_cast<uint32_t*>(rows + at) = flash::pack<Element>(low * scale, high * scale);
+  };
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    put(row * kStride + column + 8 * i, sums[i].x, sums[i].y);
+    put((row + 8) * kStride + column + 8 * i, sums[i].z, sums[i].w);
+  }
+}
+
+// or, of narrow heads, transposed (64 dims, rows) of one warpgroup.
+template <int kStride, class Element, int N>
+__device__ __forceinline__ void round_transposed(Element* rows, const float4 (&sums)[N],
+                                                 float scale) {
+  const int lane = threadIdx.x % 32;
+  const int column = threadIdx.x % kWarpgroup / 32 * 16 + lane / 8 % 2 * 8;
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    uint32_t r[4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      r[2 * j] = flash::pack<Element>(sums[i + j].x * scale, sums[i + j].y * scale);
+      r[2 * j + 1] = flash::pack<Element>(sums[i + j].z * scale, sums[i + j].w * scale);
+    }
+    const int row = (threadIdx.x / kWarpgroup * N + i + lane / 16) * 8 + lane % 8;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared_address(rows + row * kStride + column)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+  }
+}
+
+// dQ = scale * its fp32 sums.
+template <class Element, int kDim, bool kTransposed>
 __global__ __launch_bounds__(kRowThreads) void round_dq(const __grid_constant__ BackwardParams p,
                                                         const __grid_constant__ Scratch scratch) {
   constexpr int kStride = kDim + 8;  // elements; spreads rows over banks
   __shared__ alignas(16) Element rows[kGradientRows * kStride];
   const RowBlock block(p, scratch);
   if (block.rows <= 0) return;
-  const int thread = threadIdx.x % kWarpgroup;
-  const int row = thread / 32 * 16 + thread % 32 / 4;
-  const int column = threadIdx.x / kWarpgroup * (kDim / 2) + thread % 4 * 2;
   const auto* dq =
       reinterpret_cast<const float4*>(scratch.dq + block.index * (kGradientRows * kDim) +
                                       threadIdx.x / kWarpgroup * (kGradientRows * kDim / 2));
-  const bool seen = block.sees_keys;  // else nothing was summed
-  auto put = [&](int at, float low, float high) {
-    *reinterpret_cast<uint32_t*>(rows + at) = flash::pack<Element>(low * p.scale, high * p.scale);
-  };
+  float4 sums[kDim / 16];
 #pragma unroll
   for (int i = 0; i < kDim / 16; ++i) {
-    const float4 sum = seen ? __ldcs(dq + i * kWarpgroup + thread) : float4{};
-    put(row * kStride + column + 8 * i, sum.x, sum.y);
-    put((row + 8) * kStride + column + 8 * i, sum.z, sum.w);
+    // Of rows that see no keys nothing was summed.
+    sums[i] = block.sees_keys ? __ldcs(dq + i * kWarpgroup + threadIdx.x % kWarpgroup) : float4{};
+  }
+  if constexpr (kTransposed) {
+    round_transposed<kStride>(rows, sums, p.scale);
+  } else {
+    round_block<kStride>(rows, sums, p.scale);
   }
   __syncthreads();
   Element* target = block.of<Element>(p.dq);

@@ -13,6 +13,7 @@ struct Scratch {
   float* lse;          // (heads_q, blocks * 64): -LSE / scale, or -LSE in base 2 with softcap
   float* delta;        // likewise, dLSE - rowsum(dO * O)
   int* turn;           // (heads_q, blocks, 2): contributions so far
+  int* next_tile;      // of key tiles, what no CTA has taken yet
   int64_t blocks;      // per head, in all sequences
   int tiles_per_head;  // key blocks of the longest sequence
   int heads_at_once;   // heads whose tiles are launched together, longest first
@@ -34,13 +35,14 @@ __device__ __forceinline__ int64_t first_block(const Params& p, const Sequence& 
 struct KeyTile {
   int batch, head_kv, block;
 
-  __device__ __forceinline__ KeyTile(const BackwardParams& p, const Scratch& scratch) {
+  __device__ __forceinline__ KeyTile(const BackwardParams& p, const Scratch& scratch,
+                                     int index = blockIdx.x) {
     const int heads = p.batch * p.heads_kv;
     const int tiles_per_group = scratch.heads_at_once * scratch.tiles_per_head;
-    const int group = blockIdx.x / tiles_per_group;
+    const int group = index / tiles_per_group;
     const int first_head = group * scratch.heads_at_once;
     const int group_heads = min(scratch.heads_at_once, heads - first_head);
-    const int within = blockIdx.x - group * tiles_per_group;
+    const int within = index - group * tiles_per_group;
     const int head = first_head + within % group_heads;
     block = within / group_heads;
     if (last_first(p)) block = scratch.tiles_per_head - 1 - block;

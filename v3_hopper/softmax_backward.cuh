@@ -52,6 +52,19 @@ __device__ __forceinline__ void mask(float (&s)[N], const Sequence& sequence, Po
   }
 }
 
+// Is a score that will be masked NaN or infinite? Then its key may be, which dQ would spread.
+template <int N>
+__device__ __forceinline__ bool hides_non_finite(const float (&s)[N], const Sequence& sequence,
+                                                 Position at) {
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int key = at.key + 8 * (i / 2 % 2);
+    found |= !sequence.visible(at.row + 8 * (i / 4) + i % 2, key) && !(fabsf(s[i]) < INFINITY);
+  }
+  return found;
+}
+
 // dP -> 0 where P is 0, so that nothing of an invisible V gets into dS.
 template <int N>
 __device__ __forceinline__ void mask_gradient(float (&dp)[N], const float (&p)[N]) {

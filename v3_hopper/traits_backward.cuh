@@ -37,9 +37,6 @@ struct BackwardTraits {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
   static_assert(registers_fit(kConsumers, kProducerRegisters, kConsumerRegisters));
-  // Narrow heads leave registers for K, V and dS as operands, and for dP beside dQ.
-  static constexpr bool kRoomy = kHeadDim <= 64;
-  static constexpr bool kEarlyDP = kHeadDim <= 64;
   static constexpr int kColumnsDQ = kPaddedDim / kConsumers;  // of dQ, per warpgroup
 
   using TileKV = Element[kChunks][kBlockKV][kChunkColumns];
@@ -53,6 +50,7 @@ struct BackwardTraits {
     float lse[kStagesQ][kBlockQ];
     float delta[kStagesDO][kBlockQ];
     int row[kStagesQ];               // first row of the block in the slot
+    int suspicious[2];               // per slot of dS: a masked score was not finite
     uint32_t poison[kBlockKV / 32];  // a bit for every key that was not finite
     Barrier k_full, v_full, landed;
     Barrier q_full[kStagesQ], q_free[kStagesQ];

@@ -1,0 +1,239 @@
+// The backward pass of narrow heads: what is known at compile time, and the warps that feed it.
+#pragma once
+
+#include "v3_hopper/load_backward.cuh"
+#include "v3_hopper/store_backward.cuh"
+
+namespace flash::v3 {
+
+inline constexpr int kNoMoreTiles = -1;
+
+// A CTA takes one tile of 128 keys after the other, and meets every block of query rows that sees
+// it.
+template <class I, bool kHasSoftcap>
+struct NarrowTraits {
+  using Element = typename I::Element;
+  static constexpr bool kSoftcap = kHasSoftcap;
+  static constexpr int kHeadDim = I::kHeadDim;
+  static constexpr int kPaddedDim = kChunkColumns;
+  static_assert(kHeadDim <= kPaddedDim && I::kHeadDimV == kHeadDim, "one chunk");
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kBlockQ = kGradientRows;
+  static constexpr int kKeysPerWarpgroup = 64;
+  static constexpr int kBlockKV = kKeysPerWarpgroup * kConsumers;
+  static constexpr int kStagesQ = 3;
+  static constexpr int kStagesDO = 3;
+  static constexpr int kStagesDQ = 3;  // a warp for each adds it to the sums in L2
+  static constexpr int kTiles = 2;     // this one and the next
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 2);
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kSumRegisters = 96;
+  static constexpr int kConsumerRegisters = 192;
+  static_assert(kProducerRegisters + kSumRegisters + kConsumers * kConsumerRegisters <=
+                65536 / kWarpgroup);
+
+  using TileKV = Element[1][kBlockKV][kChunkColumns];
+  using TileQ = Element[1][kBlockQ][kChunkColumns];
+  using TileDS = Element[kBlockKV][kBlockQ];  // transposed
+  struct Shared {
+    alignas(1024) TileKV k[kTiles], v[kTiles];
+    TileQ q[kStagesQ], dout[kStagesDO];
+    TileDS ds[2];                               // one is read while one is written
+    float dq[kStagesDQ][kBlockQ * kPaddedDim];  // on its way to L2, in accumulator order
+    float lse[kStagesQ][kBlockQ];
+    float delta[kStagesDO][kBlockQ];
+    int row[kStagesQ];               // first row of the block in the slot
+    int tile[kTiles];                // number, or kNoMoreTiles after the last
+    uint32_t poison[kBlockKV / 32];  // a bit for every key that was not finite
+    Barrier tile_full[kTiles], tile_free[kTiles], keys_read[kTiles];
+    Barrier k_full[kTiles], v_full[kTiles], landed;
+    Barrier q_full[kStagesQ], q_free[kStagesQ];
+    Barrier dout_full[kStagesDO], dout_free[kStagesDO];
+    Barrier ds_full[2], ds_free[2];
+    Barrier dq_full[kStagesDQ], dq_free[kStagesDQ];
+
+    __device__ __forceinline__ void init() {
+      constexpr int kWarps = 4 * kConsumers;  // each arrives once
+      for (uint32_t& bits : poison) bits = 0;
+      landed.init(1);
+      for (int i = 0; i < kTiles; ++i) {
+        tile_full[i].init(1);
+        tile_free[i].init(kWarps + kStagesDQ);
+        keys_read[i].init(4);
+        k_full[i].init(1);
+        v_full[i].init(1);
+      }
+      for (int i = 0; i < kStagesQ; ++i) {
+        q_full[i].init(1);
+        q_free[i].init(kWarps);
+      }
+      for (int i = 0; i < kStagesDO; ++i) {
+        dout_full[i].init(1);
+        dout_free[i].init(kWarps);
+      }
+      for (int i = 0; i < 2; ++i) {
+        ds_full[i].init(kWarps);
+        ds_free[i].init(4);
+      }
+      for (int i = 0; i < kStagesDQ; ++i) {
+        dq_full[i].init(4);
+        dq_free[i].init(1);
+      }
+      fence_barrier_init();
+    }
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;  // room to align
+};
+
+// Where a step finds its tiles; the rings run on from one key tile to the next.
+template <class Traits>
+struct NarrowRings {
+  Ring<Traits::kStagesQ> q;
+  Ring<Traits::kStagesDO> dout;
+  Ring<2> ds;
+  Ring<Traits::kStagesDQ> dq;
+
+  __device__ __forceinline__ void advance() {
+    q.advance();
+    dout.advance();
+    ds.advance();
+  }
+};
+
+// This warp has read, or filled, what the barrier stands for.
+__device__ __forceinline__ void arrive_warp(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+
+// Loads K and V of a key tile, and Q, LSE, dO and delta of all its steps.
+template <class Traits>
+__device__ __forceinline__ void load_key_tile(Producer<Traits>& self, const BackwardParams& p,
+                                              const BackwardMaps& maps, const Scratch& scratch,
+                                              const KeyTile& tile, const Sequence& sequence,
+                                              RowSteps step, int slot, NarrowRings<Traits>& ring) {
+  auto& shared = self.shared;
+  if (!step.valid() && self.leader) {  // nobody reads K and V
+    shared.k_full[slot].arrive();
+    shared.v_full[slot].arrive();
+  }
+  const int batch_q = p.cu_seqlens_q == nullptr ? tile.batch : 0;
+  const int first_key = tile.block * Traits::kBlockKV;
+  const Coordinate keys{0, int(sequence.row_k) + first_key, tile.head_kv,
+                        p.cu_seqlens_k == nullptr ? tile.batch : 0};
+  const Range seen_keys = sequence.keys(0, sequence.seqlen_q);
+  const Range seen_rows = sequence.rows(0, sequence.seqlen_k);
+  const int block0 = int(first_block(p, sequence, tile.batch));
+  for (bool first = true; step.valid(); first = false) {
+    if (first) {
+      self.load(shared.k[slot], maps.k, keys, shared.k_full[slot], Keep::kFirstOut, first_key,
+                seen_keys);
+    }
+    const Coordinate at{0, int(sequence.row_q) + step.row(), step.head, batch_q};
+    const int64_t stats =
+        int64_t(step.head * int(scratch.blocks) + block0 + step.block) * Traits::kBlockQ;
+    const int q = ring.q.slot;
+    const int dout = ring.dout.slot;
+    shared.q_free[q].wait(ring.q.parity ^ 1);
+    if (self.leader) shared.row[q] = step.row();
+    self.load(shared.q[q], maps.q, at, shared.q_full[q], Keep::kLastOut, step.row(), seen_rows,
+              shared.lse[q], scratch.lse + stats);
+    if (first) {
+      self.load(shared.v[slot], maps.v, keys, shared.v_full[slot], Keep::kFirstOut, first_key,
+                seen_keys);
+    }
+    shared.dout_free[dout].wait(ring.dout.parity ^ 1);
+    self.load(shared.dout[dout], maps.dout, at, shared.dout_full[dout], Keep::kLastOut, step.row(),
+              seen_rows, shared.delta[dout], scratch.delta + stats);
+    step.advance();
+    ring.q.advance();
+    ring.dout.advance();
+  }
+}
+
+// Takes key tiles in the order of their numbers, so that a tile waits only for tiles that were
+// taken before it, and loads them while the consumers are still at the tile before.
+template <class Traits>
+__device__ __forceinline__ void produce_tiles(typename Traits::Shared& shared,
+                                              const BackwardParams& p, const BackwardMaps& maps,
+                                              const Scratch& scratch, int tiles) {
+  Producer<Traits> self{shared};
+  NarrowRings<Traits> ring;
+  Ring<Traits::kTiles> tile_ring;
+  for (;;) {
+    int index = 0;
+    if (threadIdx.x % 32 == 0) index = atomicAdd(scratch.next_tile, 1);
+    index = uniform(index);
+    const bool over = index >= tiles;
+    const KeyTile tile(p, scratch, over ? 0 : index);
+    const Sequence sequence(p, tile.batch);
+    const int first_key = tile.block * Traits::kBlockKV;
+    if (!over && first_key >= sequence.seqlen_k) continue;
+    const int slot = tile_ring.slot;
+    shared.tile_free[slot].wait(tile_ring.parity ^ 1);
+    tile_ring.advance();
+    if (self.leader) {
+      shared.tile[slot] = over ? kNoMoreTiles : index;
+      shared.tile_full[slot].arrive();
+    }
+    if (over) return;
+    const RowSteps steps(p, tile, sequence.rows(first_key, Traits::kBlockKV));
+    load_key_tile(self, p, maps, scratch, tile, sequence, steps, slot, ring);
+  }
+}
+
+// Calls visit(tile, sequence, steps, slot, parity) for one key tile after the other.
+template <class Traits, class Visit>
+__device__ __forceinline__ void for_each_tile(typename Traits::Shared& shared,
+                                              const BackwardParams& p, const Scratch& scratch,
+                                              Visit visit) {
+  for (Ring<Traits::kTiles> ring;; ring.advance()) {
+    shared.tile_full[ring.slot].wait(ring.parity);
+    const int index = shared.tile[ring.slot];
+    if (index == kNoMoreTiles) return;
+    const KeyTile tile(p, scratch, index);
+    const Sequence sequence(p, tile.batch);
+    const RowSteps steps(p, tile, sequence.rows(tile.block * Traits::kBlockKV, Traits::kBlockKV));
+    visit(tile, sequence, steps, ring.slot, ring.parity);
+  }
+}
+
+// One thread per buffer of dQ adds what is staged there to the sums in L2: the wait for its turn
+// and for the copy engine must not hold up the next block. The first key tile of a block stores,
+// so sums need no zeros beforehand; deterministic sums keep the order of all.
+template <class Traits>
+__device__ __forceinline__ void add_dq_of_tiles(typename Traits::Shared& shared,
+                                                const BackwardParams& p, const Scratch& scratch,
+                                                int buffer) {
+  constexpr int kBytes = sizeof(shared.dq[0]);
+  uint32_t parity = 0;
+  int until_mine = buffer;  // steps
+  for_each_tile<Traits>(
+      shared, p, scratch,
+      [&](const KeyTile& tile, const Sequence& sequence, RowSteps step, int slot, uint32_t) {
+        shared.tile_free[slot].arrive();
+        const int block0 = int(first_block(p, sequence, tile.batch));
+        for (; step.valid(); step.advance()) {
+          if (until_mine-- > 0) continue;
+          until_mine = Traits::kStagesDQ - 1;
+          const int index = step.head * int(scratch.blocks) + block0 + step.block;
+          int* turn = scratch.turn + 2 * index;  // a pair for each block is cleared
+          float* target = scratch.dq + int64_t(index) * (kBytes / 4);
+          const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
+          if (mine > 0) await_turn(turn, p.deterministic ? mine : 1);
+          shared.dq_full[buffer].wait(parity);
+          if (mine == 0) {
+            store_bulk(target, shared.dq[buffer], kBytes);
+          } else {
+            add_bulk(target, shared.dq[buffer], kBytes);
+          }
+          commit_stores();
+          wait_stores_read<0>();
+          shared.dq_free[buffer].arrive();
+          parity ^= 1;
+          if (mine == 0 || p.deterministic) pass_turn(turn);
+        }
+      });
+}
+
+}  // namespace flash::v3
