@@ -1,13 +1,16 @@
-"""Forward off the papers' sweep: odd head dims, grouped heads, packed, windows, softcap, fp16.
+"""Off the papers' sweep: odd head dims, grouped heads, packed, windows, softcap, fp16.
 
 `python -m bench.breadth` times v3 beside every peer that offers the case, with errors against fp64,
-and writes bench/results/<gpu>/breadth.json: about a minute.
+and writes bench/results/<gpu>/breadth.json: the forward pass takes about a minute, the backward
+pass 40 s (`--direction`). A run replaces the rows it measures and keeps the others.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,21 +18,25 @@ import torch
 from torch import Tensor
 
 import flash
-from bench import script
+from bench import record, script
 from bench.digest import digest
 from bench.study_tables import markdown
-from flash.flops import forward_flops
+from flash.flops import backward_flops, forward_flops
 from flash.spec import Spec
 from flash.study import files
-from flash.study.cases import TOKENS, WIDTH, Case, paper
+from flash.study.cases import DIRECTIONS, TOKENS, WIDTH, Case, paper
 from flash.study.competitors import OURS, fa3_ops, present
 from flash.study.measure import Settings, measure, rate
 from flash.study.timing import Board, Stopwatch
 
 Row = dict[str, Any]
+Call = Callable[[], tuple[Tensor, ...]]
+sources = functools.cache(digest)
 VERSION, PEERS = "v3", ("fa3", "sdpa-cudnn")
-LENGTHS = (512, 2048, 8192, 16384)
-TOTAL_MS = 30.0
+LENGTHS = {"forward": (512, 2048, 8192, 16384), "backward": (512, 2048, 8192)}
+WINDOWS = {"forward": ((16384, 4095), (8192, 1023), (16384, 511)),
+           "backward": ((8192, 4095), (8192, 1023), (8192, 255))}  # fmt: skip
+TOTAL_MS = {"forward": 30.0, "backward": 20.0}
 UNEVEN = {
     "mean 508": tuple(37 + 63 * i for i in range(16)) * 2,
     "mean 2048": (145, 700, 1333, 2048, 2511, 3100, 4000, 2547),
@@ -37,29 +44,31 @@ UNEVEN = {
 }
 
 
-def sweep(dim: int, **more: Any) -> Iterator[Case]:
+def sweep(way: str, dim: int, **more: Any) -> Iterator[Case]:
     """Full and causal over all lengths, with these fields changed."""
     for causal in (False, True):
-        for seqlen in LENGTHS:
-            case = paper("forward", more.get("dtype", "bfloat16"), dim, causal, seqlen)
+        for seqlen in LENGTHS[way]:
+            case = paper(way, more.get("dtype", "bfloat16"), dim, causal, seqlen)
             yield replace(case, **more)
 
 
-def windows(dim: int) -> Iterator[Case]:
-    for seqlen, left in ((16384, 4095), (8192, 1023), (16384, 511)):
-        yield replace(paper("forward", "bfloat16", dim, True, seqlen), window=(left, 0))
+def windows(way: str, dim: int) -> Iterator[Case]:
+    for seqlen, left in WINDOWS[way]:
+        yield replace(paper(way, "bfloat16", dim, True, seqlen), window=(left, 0))
 
 
-def groups() -> dict[str, Iterable[Case]]:
+def groups(way: str) -> dict[str, Iterable[Case]]:
     """What is asked -> its cases."""
-    found: dict[str, Iterable[Case]] = {f"d = {dim}": sweep(dim) for dim in (96, 192)}
-    found["d = 192, V 128"] = sweep(192, head_dim_v=128)
+    found: dict[str, Iterable[Case]] = {f"d = {dim}": sweep(way, dim) for dim in (96, 192)}
+    found["d = 192, V 128"] = sweep(way, 192, head_dim_v=128)
     for dim in (64, 128):
-        found[f"GQA 8:1, d = {dim}"] = sweep(dim, heads_kv=WIDTH // dim // 8)
-    found |= {f"fp16, d = {dim}": sweep(dim, dtype="float16") for dim in (64, 128, 256)}
-    found |= {f"window, d = {dim}": windows(dim) for dim in (64, 128, 256)}
+        found[f"GQA 8:1, d = {dim}"] = sweep(way, dim, heads_kv=WIDTH // dim // 8)
+    found |= {f"window, d = {dim}": windows(way, dim) for dim in (64, 128, 256)}
+    found |= {f"fp16, d = {dim}": sweep(way, dim, dtype="float16") for dim in (64, 128, 256)}
     found |= {
-        f"softcap 30, d = {dim}": (c for c in sweep(dim, softcap=30.0) if c.seqlen in (2048, 8192))
+        f"softcap 30, d = {dim}": (
+            c for c in sweep(way, dim, softcap=30.0) if c.seqlen in (2048, 8192)
+        )
         for dim in (64, 128, 256)
     }
     return found
@@ -68,57 +77,92 @@ def groups() -> dict[str, Iterable[Case]]:
 def dense(what: str, cases: Iterable[Case], watch: Stopwatch) -> Iterator[Row]:
     names = [VERSION, *(name for name in PEERS if present(name))]
     for case in cases:
-        measured = measure(case, names, watch, Settings(total_ms=TOTAL_MS, memory=False))
+        how = Settings(total_ms=TOTAL_MS[case.direction], memory=False)
+        measured = measure(case, names, watch, how)
         length = str(case.seqlen) + (f"/{case.window[0]}" if case.window else "")
         mask = "causal" if case.causal else "full"
         for row in measured.rows:
             yield {"what": what, "length": length, **row, "mask": mask}
         for name, why in measured.skipped.items():
-            yield {"what": what, "length": length, "mask": mask, "competitor": name, "why": why}
+            yield {"what": what, "length": length, "direction": case.direction, "mask": mask,
+                   "competitor": name, "why": why}  # fmt: skip
 
 
-def packed(dim: int, causal: bool, name: str, watch: Stopwatch) -> Iterator[Row]:
+def packed(way: str, dim: int, causal: bool, name: str, watch: Stopwatch) -> Iterator[Row]:
     """Sequences of uneven lengths, one behind the other."""
     lengths, heads = UNEVEN[name], WIDTH // dim
-    q, k, v = (torch.randn(sum(lengths), heads, dim, device="cuda", dtype=torch.bfloat16)
-               for _ in range(3))  # fmt: skip
-    cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-    longest, scale = max(lengths), dim**-0.5
-    calls = {
-        VERSION: lambda: flash.attention_varlen(
-            q, k, v, cu, cu, longest, longest, causal=causal, backend=OURS[VERSION]
-        )
-    }
-    if present("fa3"):
-        options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest,
-                   "max_seqlen_k": longest, "softmax_scale": scale,
-                   "is_causal": causal}  # fmt: skip
-        calls["fa3"] = lambda: fa3_ops().fwd(q, k, v, **options)[0]
-    spec = Spec(scale, 0.0, None, 0 if causal else None)
+    tensors = tuple(torch.randn(sum(lengths), heads, dim, device="cuda", dtype=torch.bfloat16)
+                    for _ in range(4))  # fmt: skip
+    cu, longest = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32), max(lengths)
+    ends = {"cu_seqlens_q": cu, "cu_seqlens_k": cu,
+            "max_seqlen_q": longest, "max_seqlen_k": longest}  # fmt: skip
+    calls = packed_calls(way, tensors, ends, causal)
+    spec = Spec(dim**-0.5, 0.0, None, 0 if causal else None)
     flops = sum(forward_flops(spec, 1, heads, n, n, dim, dim) for n in lengths)
-    case = Case("forward", "bfloat16", len(lengths), longest, heads, dim, causal)
+    case = Case(way, "bfloat16", len(lengths), longest, heads, dim, causal)
+    flops = flops if way == "forward" else backward_flops(flops)
     row = {"what": f"packed, d = {dim}", "length": name, **case.key(), "lengths": list(lengths)}
-    off = {key: error(call(), (q, k, v), lengths[-1], causal) for key, call in calls.items()}
-    for key, timing in watch.race(calls, TOTAL_MS).items():
+    exact = last_head(tensors, lengths[-1], causal, way)
+    off = {key: error(call(), exact) for key, call in calls.items()}
+    for key, timing in watch.race(calls, TOTAL_MS[way]).items():
         yield {**row, "competitor": key, **timing.as_dict(), "error": off[key],
                "tflops": rate(case, timing.median * case.flops / flops)}  # fmt: skip
 
 
-def error(found: Tensor, inputs: tuple[Tensor, ...], rows: int, causal: bool) -> float:
-    """Relative L2 error against fp64 of the first head of the last sequence."""
-    q, k, v = (t[None, -rows:, :1].to(torch.float64) for t in inputs)
-    exact = flash.attention(q, k, v, causal=causal, backend="reference")
-    part = found[None, -rows:, :1].to(torch.float64)
-    return float(f"{float((part - exact).norm() / exact.norm()):.3g}")
+def packed_calls(
+    way: str, tensors: tuple[Tensor, ...], ends: dict[str, Any], causal: bool
+) -> dict[str, Call]:
+    """Ours and, where it is at hand, FA3."""
+    q, k, v, dout = tensors
+    ours: dict[str, Any] = {**ends, "causal": causal, "backend": OURS[VERSION]}
+    theirs = {**ends, "softmax_scale": q.shape[-1] ** -0.5, "is_causal": causal}
+    calls: dict[str, Call] = {}
+    if way == "forward":
+        calls[VERSION] = lambda: (flash.attention_varlen(q, k, v, **ours),)
+        if present("fa3"):
+            calls["fa3"] = lambda: (fa3_ops().fwd(q, k, v, **theirs)[0],)
+        return calls
+    saved = flash.attention_varlen(q, k, v, return_lse=True, **{**ours, "backend": "torch"})
+    calls[VERSION] = lambda: tuple(flash.attention_backward(dout, q, k, v, *saved, **ours))
+    if present("fa3"):
+        out, lse = fa3_ops().fwd(q, k, v, **theirs)[:2]
+
+        def fa3() -> tuple[Tensor, ...]:
+            grads = tuple(torch.empty_like(t) for t in (q, k, v))
+            fa3_ops().bwd(dout, q, k, v, out, lse, *grads, **theirs)
+            return grads
+
+        calls["fa3"] = fa3
+    return calls
 
 
-def every(watch: Stopwatch) -> Iterator[Row]:
-    for what, cases in groups().items():
-        yield from dense(what, cases, watch)
+def last_head(tensors: tuple[Tensor, ...], rows: int, causal: bool, way: str) -> tuple[Tensor, ...]:
+    """fp64 of the first head of the last sequence: out, or dq dk dv."""
+    q, k, v, dout = (t[None, -rows:, :1].to(torch.float64) for t in tensors)
+    exact: dict[str, Any] = {"causal": causal, "backend": "reference"}
+    out, lse = flash.attention(q, k, v, return_lse=True, **exact)
+    if way == "forward":
+        return (out,)
+    return tuple(flash.attention_backward(dout, q, k, v, out, lse, **exact))
+
+
+def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """Relative L2 error, the worst of the results."""
+    worst = 0.0
+    for ours, x in zip(found, exact, strict=True):
+        part = ours[None, -x.shape[1] :, :1].to(torch.float64)
+        worst = max(worst, float((part - x).norm() / x.norm()))
+    return float(f"{worst:.3g}")
+
+
+def questions(way: str, watch: Stopwatch) -> Iterator[tuple[str, Iterator[Row]]]:
+    """What is asked, and its rows, measured as they are drawn."""
     for dim in (64, 128, 256):
-        for causal in (False, True):
-            for name in UNEVEN:
-                yield from packed(dim, causal, name, watch)
+        asked = [packed(way, dim, causal, name, watch) for causal in (False, True)
+                 for name in UNEVEN]  # fmt: skip
+        yield f"packed, d = {dim}", itertools.chain(*asked)
+    for what, cases in groups(way).items():
+        yield what, dense(what, cases, watch)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -150,20 +194,39 @@ def over_peers(case: dict[str, Row]) -> float:
     return case[VERSION].get("tflops", 0.0) / best if best and VERSION in case else 0.0
 
 
+def by_question(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """(direction, what) -> rows, in the order of their first appearance."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        way = row.get("direction", "forward")
+        found.setdefault((way, row["what"]), []).append({"direction": way, **row})
+    return found
+
+
+def signed(row: Row) -> Row:
+    """With the date, and ours with the sources that they speak of."""
+    own = {"digest": sources(OURS[row["competitor"]])} if row["competitor"] in OURS else {}
+    shown = (row["direction"], row["what"], row["mask"], row["length"], row["competitor"])
+    print(*shown, row.get("tflops", row.get("why")), flush=True)
+    return {**row, **own, "date": files.now()}
+
+
 def main() -> int:
     parser = script.parser(__doc__)
+    parser.add_argument("--direction", choices=[*DIRECTIONS, "both"], default="both")
+    parser.add_argument("--only", default="", help="what holds this, as 'd = 128' or 'GQA'")
     args = parser.parse_args()
     if script.lacks_gpu("breadth"):
         return 2
-    rows = []
-    for row in every(Stopwatch(Board())):
-        if row["competitor"] in OURS:
-            row["digest"] = digest(OURS[row["competitor"]])
-        rows.append({**row, "date": files.now()})
-        shown = (row["what"], row["mask"], row["length"], row["competitor"])
-        print(*shown, row.get("tflops", row.get("why")), flush=True)
-        torch.cuda.empty_cache()
-    script.leave(args.out, "breadth", {"breadth": rows, "tokens": TOKENS})
+    found = by_question(record.read(script.path_of(args.out, "breadth")).get("breadth", []))
+    watch = Stopwatch(Board())
+    for way in DIRECTIONS if args.direction == "both" else (args.direction,):
+        for what, rows in questions(way, watch):
+            if args.only in what:
+                found[way, what] = [signed(row) for row in rows]
+                torch.cuda.empty_cache()
+                kept = [row for part in found.values() for row in part]
+                script.leave(args.out, "breadth", {"breadth": kept, "tokens": TOKENS})
     return 0
 
 

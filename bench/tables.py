@@ -94,8 +94,13 @@ def heading(content: Row) -> str:
     e = content["environment"]
     parts = [e["gpu"], f"driver {e.get('driver', '?')}", f"torch {e['torch']}", f"CUDA {e['cuda']}",
              f"cuDNN {e['cudnn']}"]  # fmt: skip
-    dates = sorted(row["date"][:10] for row in content["rows"])
-    return f"{', '.join(parts)}; {dates[0]} to {dates[-1]}."
+    return f"{', '.join(parts)}; {dates(content['rows'])}."
+
+
+def dates(rows: Iterable[Row]) -> str:
+    """The day, or the first and the last."""
+    found = sorted({row["date"][:10] for row in rows})
+    return " to ".join(dict.fromkeys((found[0], found[-1])))
 
 
 def title(path: Path) -> str:
@@ -165,15 +170,17 @@ def traced(results: Path) -> str:
     return "\n".join(parts).rstrip() or "Nothing has been recorded yet."
 
 
-def broad(results: Path) -> str:
-    """For the page of v3: forward off the papers' sweep."""
+def broad(results: Path, way: str) -> str:
+    """For the page of v3: one direction off the papers' sweep."""
     parts = []
     for folder in folders(results):
         content = record.read(folder / "breadth.json")
-        if content.get("breadth"):
-            where = f"{content['environment']['gpu']}, {content['date'][:10]}"
-            table = breadth.table(content["breadth"])
-            parts += [f"{where}, `{content['command']}`:", "", table, ""]
+        found = breadth.by_question(content.get("breadth", []))
+        rows = [row for (asked, _), part in found.items() if asked == way for row in part]
+        if rows:
+            where = f"{content['environment']['gpu']}, {dates(rows)}"
+            command = f"`python -m bench.breadth --direction {way}`"
+            parts += [f"{where}, {command}:", "", breadth.table(rows), ""]
     return "\n".join(parts).rstrip() or "Nothing has been recorded yet."
 
 
@@ -236,7 +243,8 @@ def filled(text: str, results: Path) -> str:
         "evolution": lambda: evolution(results),
         "timeline": lambda: traced(results),
         "fp8": lambda: fp8(results),
-        "breadth": lambda: broad(results),
+        "breadth": lambda: broad(results, "forward"),
+        "breadth_backward": lambda: broad(results, "backward"),
     }
 
     def put(match: re.Match[str]) -> str:
