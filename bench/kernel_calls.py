@@ -16,6 +16,7 @@ from flash.engines import kernels
 
 DTYPES = {0: torch.float16, 1: torch.bfloat16, 2: torch.float32, 3: torch.bfloat16}
 FP16, E4M3 = 0, 3
+LONG_DIMS = (96, 128)
 NAMES = {0: "fp16", 1: "bf16", 2: "fp32", 3: "e4m3"}
 Results = tuple[Tensor, ...]
 
@@ -72,13 +73,19 @@ def every(version: str) -> Iterator[Kernel]:
         yield Kernel(version, *row)
 
 
+def has_long_tiles(kernel: Kernel) -> bool:
+    """v3 takes longer tiles of long sequences there (`kHasLong`)."""
+    forward = kernel.version == "v3_hopper" and not kernel.direction and kernel.code != E4M3
+    return forward and kernel.dim == kernel.dim_v and kernel.dim in LONG_DIMS
+
+
 def shapes(kernel: Kernel) -> tuple[Shape, ...]:
     """fp16 kernels are those of bf16 but for the type: fewer shapes."""
     if kernel.code == FP16:
         return SMALL[1:3] + SMALL[4:5]
     if kernel.code == E4M3:
         return (*SMALL, *QUANTIZED)
-    if kernel.version == "v3_hopper" and not kernel.direction:
+    if has_long_tiles(kernel):
         return (*SMALL, LONG)
     return (*SMALL, DETERMINISTIC) if kernel.direction else SMALL
 

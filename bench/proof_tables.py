@@ -61,18 +61,33 @@ def note(folder: Path) -> str:
 
 
 def repeated(folder: Path) -> str:
-    """One line for each version and direction: how many runs, how many of them differed."""
+    """One line for each version and direction: how many runs, how many of them differed, and of
+    what shapes."""
     rows: list[Row] = record.read(folder / "repeat.json").get("repeat", [])
-    lines = []
-    for version, way in sorted({(row["version"], row["name"].split()[0]) for row in rows}):
-        own = [r for r in rows if (r["version"], r["name"].split()[0]) == (version, way)]
-        kernels = {row["name"] for row in own}
-        lines.append((f"`{version}`", way, len(kernels), len({row["shape"] for row in own}),
+    lines: list[tuple[object, ...]] = []
+    shapes: dict[str, list[str]] = {}  # name -> who ran it
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        key = row["version"], row["name"].split()[0], row["digest"]
+        groups.setdefault(key, []).append(row)
+    for (version, way, sources), own in sorted(groups.items()):
+        names = list(dict.fromkeys(row["shape"] for row in own))
+        lines.append((f"`{version}`", way, len({row["name"] for row in own}), len(names),
                       min(row["runs"] for row in own), sum(row["differing"] for row in own),
-                      own[0]["digest"], own[0]["date"][:10]))  # fmt: skip
+                      sources, max(row["date"] for row in own)[:10]))  # fmt: skip
+        for name in names:
+            shapes.setdefault(name, []).append(f"{version} {way}")
     columns = ("version", "direction", "kernels", "shapes", "runs of each", "runs that differ",
                "sources", "date")  # fmt: skip
-    return markdown(columns, lines) if lines else ""
+    return markdown(columns, lines) + shapes_of(shapes) if lines else ""
+
+
+def shapes_of(shapes: dict[str, list[str]]) -> str:
+    """Which shapes were replayed: those of all, and the others with who ran them."""
+    most = max(len(set(names)) for names in shapes.values())
+    each = [name + ("" if len(set(by)) == most else f" ({', '.join(sorted(set(by)))} only)")
+            for name, by in shapes.items()]  # fmt: skip
+    return "\n\nShapes (rows, or rows x keys): " + "; ".join(each) + "."
 
 
 def sections(folder: Path) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,23 +21,32 @@ from flash.study.competitors import OURS
 FORWARD = {"v3_hopper": 10_000}  # runs of each kernel and shape; the others
 OTHERS = 1_000
 KEY = ("version", "kernel", "shape")
-LONG = (
-    Shape("full, 450", (450,), (450,), batch=4, heads=8, heads_kv=8),
+FULL = Shape("full, 450", (450,), (450,), batch=4, heads=8, heads_kv=8)
+LARGE = (
     Shape("long, 8200 x 512", (8200,), (512,)),
     Shape("causal, 1999, GQA", (1999,), (1999,), heads=8, options={"causal": True}),
 )
+V1_LARGE = (  # its backward pass in order is slow
+    Shape("long, 1300 x 512", (1300,), (512,)),
+    Shape("causal, 600, GQA", (600,), (600,), heads=8, options={"causal": True}),
+)
+LONG_TILES = replace(kernel_calls.LONG, name="long tiles, 8200 x 330, 32 heads", lengths_k=(330,))
 Row = dict[str, Any]
 
 
 def shapes(kernel: Kernel) -> list[Shape]:
-    wanted = [*LONG, *(shape for shape in kernel_calls.SMALL if shape.options)]
+    large = V1_LARGE if kernel.version == "v1_tiling" else LARGE
+    wanted = [FULL, *large, *(shape for shape in kernel_calls.SMALL if shape.options)]
     if not kernel.direction:
-        return wanted
-    return [Shape(**{**vars(s), "options": {**s.options, "deterministic": True}}) for s in wanted]
+        return [*wanted, LONG_TILES] if kernel_calls.has_long_tiles(kernel) else wanted
+    return [replace(s, options={**s.options, "deterministic": True}) for s in wanted]
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
+    """All of it, in words of eight bytes where they fit."""
+    flat = x.contiguous().view(-1)
+    whole = flat.numel() * flat.element_size() % 8 == 0
+    return flat.view(torch.int64 if whole else torch.uint8)
 
 
 def differing(first: Results, found: Results) -> torch.Tensor:

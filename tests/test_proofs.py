@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from test_evidence import FILES, WITH_KERNELS
 
-from bench import digest, kernel_calls, proof_tables, record, sanitize
+from bench import digest, kernel_calls, proof_tables, record, repeat, sanitize
 from bench.every_lane import EVERY_LANE
 from bench.kernel_calls import Kernel
 from bench.proof_tables import listed
@@ -122,6 +123,45 @@ def test_calls_run_and_are_right(kernel: Kernel) -> None:
             continue
         call = kernel_calls.prepare(kernel, shape, "cpu")
         assert call.error(call.run()) < (0.08 if kernel.code == kernel_calls.E4M3 else 4e-3)
+
+
+def test_long_tiles_are_reached() -> None:
+    """Both proofs call v3's tiles of long sequences, where there are any."""
+    traits = (digest.ROOT / "v3_hopper" / "traits.cuh").read_text()
+    dims = {int(d) for d in re.findall(r"kHasLong<(\d+), \1> = true", traits)}
+    assert dims == set(kernel_calls.LONG_DIMS)
+    found = dict(re.findall(r"(kLongRows\w*) = ([\d <]+);", traits))
+    base, _, shift = found["kLongRowsOfAllHeads"].partition("<<")
+    least = int(found["kLongRows"]), int(base) << int(shift or 0)
+    for shapes in (kernel_calls.shapes, repeat.shapes):
+        for dim in dims:
+            every = shapes(Kernel("v3_hopper", 0, 1, dim, dim))
+            rows = [s for s in every if not s.packed and s.lengths_q[0] >= least[0]]
+            assert any(s.heads * s.lengths_q[0] >= least[1] for s in rows)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.direction], ids=str)
+def test_replays_of_the_backward_pass_are_deterministic(kernel: Kernel) -> None:
+    assert all(shape.options["deterministic"] for shape in repeat.shapes(kernel))
+
+
+def test_bits_are_all_of_them() -> None:
+    for size in (3, 4):
+        x = torch.randn(size, 2).bfloat16()[:, :1] if size == 3 else torch.randn(size, 2)
+        y = x.clone()
+        assert not repeat.differing((x,), (y,))
+        y.view(-1)[-1] += 1
+        assert repeat.differing((x,), (y,))
+
+
+def test_pages_name_the_shapes(tmp_path: Path) -> None:
+    rows = [{"version": "v9", "name": f"{way} bf16:64", "shape": shape, "runs": 7, "differing": 0,
+             "digest": "abc", "date": "2026-01-02T"}
+            for way in ("forward", "backward") for shape in ("a", "b")]  # fmt: skip
+    record.write(tmp_path / "repeat.json", {"repeat": [*rows, {**rows[0], "shape": "c"}]})
+    text = proof_tables.repeated(tmp_path)
+    assert "| `v9` | forward | 1 | 3 | 7 | 0 | abc | 2026-01-02 |" in text
+    assert text.endswith("a; b; c (v9 forward only).")
 
 
 def test_pages_show_the_proofs(tmp_path: Path) -> None:
