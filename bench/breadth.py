@@ -36,6 +36,8 @@ VERSION, PEERS = "v3", ("fa3", "sdpa-cudnn")
 LENGTHS = {"forward": (512, 2048, 8192, 16384), "backward": (512, 2048, 8192)}
 WINDOWS = {"forward": ((16384, 4095), (8192, 1023), (16384, 511)),
            "backward": ((8192, 4095), (8192, 1023), (8192, 255))}  # fmt: skip
+FEW = {"float16": {"forward": LENGTHS["forward"], "backward": (2048,)},
+       "softcap": {"forward": (2048, 8192), "backward": (2048,)}}  # fmt: skip
 TOTAL_MS = {"forward": 30.0, "backward": 20.0}
 UNEVEN = {
     "mean 508": tuple(37 + 63 * i for i in range(16)) * 2,
@@ -44,10 +46,10 @@ UNEVEN = {
 }
 
 
-def sweep(way: str, dim: int, **more: Any) -> Iterator[Case]:
-    """Full and causal over all lengths, with these fields changed."""
+def sweep(way: str, dim: int, lengths: Iterable[int] = (), **more: Any) -> Iterator[Case]:
+    """Full and causal over these lengths, or all, with these fields changed."""
     for causal in (False, True):
-        for seqlen in LENGTHS[way]:
+        for seqlen in lengths or LENGTHS[way]:
             case = paper(way, more.get("dtype", "bfloat16"), dim, causal, seqlen)
             yield replace(case, **more)
 
@@ -64,13 +66,10 @@ def groups(way: str) -> dict[str, Iterable[Case]]:
     for dim in (64, 128):
         found[f"GQA 8:1, d = {dim}"] = sweep(way, dim, heads_kv=WIDTH // dim // 8)
     found |= {f"window, d = {dim}": windows(way, dim) for dim in (64, 128, 256)}
-    found |= {f"fp16, d = {dim}": sweep(way, dim, dtype="float16") for dim in (64, 128, 256)}
-    found |= {
-        f"softcap 30, d = {dim}": (
-            c for c in sweep(way, dim, softcap=30.0) if c.seqlen in (2048, 8192)
-        )
-        for dim in (64, 128, 256)
-    }
+    for dim in (64, 128, 256):
+        found[f"fp16, d = {dim}"] = sweep(way, dim, FEW["float16"][way], dtype="float16")
+    for dim in (64, 128, 256):
+        found[f"softcap 30, d = {dim}"] = sweep(way, dim, FEW["softcap"][way], softcap=30.0)
     return found
 
 
@@ -214,7 +213,7 @@ def signed(row: Row) -> Row:
 def main() -> int:
     parser = script.parser(__doc__)
     parser.add_argument("--direction", choices=[*DIRECTIONS, "both"], default="both")
-    parser.add_argument("--only", default="", help="what holds this, as 'd = 128' or 'GQA'")
+    parser.add_argument("--only", action="append", help="what holds this, as 'd = 128' or 'GQA'")
     args = parser.parse_args()
     if script.lacks_gpu("breadth"):
         return 2
@@ -222,7 +221,7 @@ def main() -> int:
     watch = Stopwatch(Board())
     for way in DIRECTIONS if args.direction == "both" else (args.direction,):
         for what, rows in questions(way, watch):
-            if args.only in what:
+            if any(word in what for word in args.only or [""]):
                 found[way, what] = [signed(row) for row in rows]
                 torch.cuda.empty_cache()
                 kept = [row for part in found.values() for row in part]
