@@ -25,9 +25,9 @@ import flash
 from bench import script, variants
 from bench.variants import Variant
 from flash.study.cases import Case, paper
+from flash.study.competitors import OURS
 
 Row = dict[str, Any]
-DIMS = "64;128"
 ROUNDS = 4
 PATIENCE = 30  # seconds for one case, of which a second is usual
 TURN = "FLASH_BENCH_TURN"
@@ -70,6 +70,7 @@ SPECIALIZATION = (
     (_FORWARD, "    grow_registers<Traits::kConsumerRegisters>();\n", ""),
     (_FORWARD, "shared, warpgroup - 1}", "shared, warpgroup}"),
 )  # fmt: skip
+BOTH = "forward;backward"
 VARIANTS = (
     Variant(*V1),
     Variant(*V1, "long K/V blocks (128 keys on chip)", (
@@ -96,7 +97,7 @@ VARIANTS = (
         ("v2_parallel/traits.cuh", "kTeam = kHeadDim <= 128 ? 1 : 2;", "kTeam = 2;"),)),
     Variant(*V2, "L2 locality (all heads side by side)", (
         ("v2_parallel/schedule.cuh", "kL2Bytes = 32 << 20;", "kL2Bytes = int64_t(1) << 40;"),)),
-    Variant(*V3),
+    Variant(*V3, directions=BOTH),
     Variant(*V3, "ping-pong", PING_PONG),
     Variant(*V3, "overlap inside a warpgroup", OVERLAP),
     Variant(*V3, "ping-pong and overlap inside a warpgroup", PING_PONG + OVERLAP),
@@ -106,18 +107,33 @@ VARIANTS = (
         ("v3_hopper/traits.cuh", "kStages = 2,", "kStages = 1,"),
         ("v3_hopper/traits.cuh", "kStages = 3,", "kStages = 1,"),
         ("v3_hopper/traits.cuh", "kStages = 4,", "kStages = 1,"))),
+    Variant(*V3, "the next tile's loads (a narrow head's key tiles one by one)", (
+        ("v3_hopper/narrow_backward.cuh", "kTiles = 2;", "kTiles = 1;"),),
+        directions="backward", dims="64"),
+    Variant(*V3, "rounds of heads (one head's key tiles after another's)", (
+        ("v3_hopper/launch_backward.cuh", "kMost = 16;", "kMost = 1;"),), directions="backward"),
 )  # fmt: skip
 
 
 def cases() -> list[Case]:
-    return [
-        paper("forward", "bfloat16", dim, causal, seqlen)
-        for dim, causal, seqlen in ((64, False, 8192), (128, False, 4096), (128, True, 2048))
-    ]
+    shapes = (
+        ("forward", 64, False, 8192), ("forward", 128, False, 4096), ("forward", 128, True, 2048),
+        ("backward", 64, False, 1024), ("backward", 64, True, 4096), ("backward", 128, True, 4096),
+    )  # fmt: skip
+    return [paper(way, "bfloat16", dim, causal, n) for way, dim, causal, n in shapes]
 
 
 def words(case: Case) -> str:
-    return f"d {case.head_dim}, {case.mask}, {case.seqlen}"
+    way = "" if case.direction == "forward" else f"{case.direction}, "
+    return f"{way}d {case.head_dim}, {case.mask}, {case.seqlen}"
+
+
+def built(case: Case, version: str) -> bool:
+    """The build of flash that this process imports has the case's kernel."""
+    from flash.engines import kernels
+
+    kernel = (case.direction == "backward", 1, case.head_dim, case.head_dim)
+    return kernel in kernels.instances(OURS[version])
 
 
 def time_here(name: str) -> None:
@@ -126,7 +142,7 @@ def time_here(name: str) -> None:
 
     watch, how = stopwatch("cuda"), Settings(total_ms=40, memory=False)
     with open(os.environ[TURN], "w") as turn:
-        for case in cases() * ROUNDS:
+        for case in [case for case in cases() if built(case, name)] * ROUNDS:
             fcntl.flock(turn, fcntl.LOCK_EX)
             signal.alarm(PATIENCE)  # a kernel that hangs ends its process, not the others' turn
             rows = measure(case, [name], watch, how).rows
@@ -138,13 +154,17 @@ def time_here(name: str) -> None:
                                   "error": row["error"]}), flush=True)  # fmt: skip
 
 
+def build(variant: Variant, place: Path) -> Path:
+    return variants.build(variant, place, variant.dims, directions=variant.directions)
+
+
 def timed(place: Path) -> list[Row]:
     """Every variant in a process of its own; medians over the rounds, of which the first warms."""
     os.environ[TURN] = str(place / "turn")
 
     def ask(variant: Variant) -> str:
         try:
-            installed = variants.build(variant, place, DIMS)
+            installed = build(variant, place)
             return variants.python(installed, "-m", "bench.ablations", "--time", variant.version)
         except subprocess.CalledProcessError as problem:
             if not variant.edits:
@@ -200,7 +220,7 @@ def main() -> int:
         return 0
     if args.build:
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda v: variants.build(v, args.build, DIMS), VARIANTS))
+            list(pool.map(lambda variant: build(variant, args.build), VARIANTS))
         return 0
     if script.lacks_gpu("ablations"):
         return 2

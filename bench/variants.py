@@ -30,6 +30,8 @@ class Variant:
     without: str = ""
     edits: tuple[Edit, ...] = ()
     added: tuple[tuple[str, str], ...] = ()  # a file of this repository, its name among the sources
+    directions: str = "forward"  # what of it is worth building
+    dims: str = "64;128"
 
     @property
     def name(self) -> str:

@@ -40,6 +40,14 @@ def test_every_variant_has_its_baseline_and_its_own_folder() -> None:
         variants.edited("a b", "c", "d")
 
 
+def test_every_variant_is_timed_on_something() -> None:
+    for variant in ablations.VARIANTS:
+        found = [case for case in ablations.cases() if case.direction in variant.directions
+                 and str(case.head_dim) in variant.dims.split(";")]  # fmt: skip
+        assert found, variant.name
+    assert len({ablations.words(case) for case in ablations.cases()}) == len(ablations.cases())
+
+
 def test_a_copy_holds_the_edits(tmp_path: Path) -> None:
     variant = next(v for v in ablations.VARIANTS if v.without == "ping-pong")
     variants.copy(variant, tmp_path)
