@@ -120,22 +120,47 @@ def current(folder: Path, file: str, part: str, version: str) -> list[Row]:
             if row["version"] == version and row["digest"] == now]  # fmt: skip
 
 
+def seen_by(folder: Path, tool: str, version: str) -> set[tuple[int, ...]]:
+    """Kernels of the present sources that ran under this tool, to the end."""
+    rows = current(folder, "sanitizer.json", "sanitizer", version)
+    return {tuple(k) for r in rows for k in r["kernels"] if r["tool"] == tool and "why" not in r}
+
+
+def replayed(folder: Path, version: str) -> set[tuple[int, ...]]:
+    """Kernels of the present sources that were replayed as often as is asked."""
+    runs: Counter[tuple[int, ...]] = Counter()
+    for row in current(folder, "repeat.json", "repeat", version):
+        runs[tuple(row["kernel"])] += row["runs"]
+    forward = repeat.FORWARD.get(version, repeat.OTHERS)
+    return {k for k, count in runs.items() if count >= (repeat.OTHERS if k[0] else forward)}
+
+
 def gaps(folder: Path, tools: tuple[str, ...]) -> list[str]:
     """Kernels of the present sources that a proof has not reached."""
     found = []
     for version in digest.VERSIONS:
-        for tool in tools:
-            rows = current(folder, "sanitizer.json", "sanitizer", version)
-            seen = {tuple(k) for r in rows for k in r["kernels"]
-                    if r["tool"] == tool and "why" not in r}  # fmt: skip
-            found.append((f"{tool} {version}", len(listed(version) - seen)))
-        runs: Counter[tuple[int, ...]] = Counter()
-        for row in current(folder, "repeat.json", "repeat", version):
-            runs[tuple(row["kernel"])] += row["runs"]
-        forward = repeat.FORWARD.get(version, repeat.OTHERS)
-        few = [k for k in listed(version) if runs[k] < (repeat.OTHERS if k[0] else forward)]
-        found.append((f"repeated runs {version}", len(few)))
+        every = listed(version)
+        found += [(f"{tool} {version}", len(every - seen_by(folder, tool, version)))
+                  for tool in tools]  # fmt: skip
+        found.append((f"repeated runs {version}", len(every - replayed(folder, version))))
     return [f"{what} {count} kernels" for what, count in found if count]
+
+
+def reached(folder: Path, tools: tuple[str, ...] = TOOLS) -> str:
+    """The README's limits: of which kernels, as they are now, there are proofs."""
+    parts = []
+    for what, verb, seen in (
+        ("compute-sanitizer", "has", lambda v: set.intersection(
+            *(seen_by(folder, tool, v) for tool in tools))),
+        ("The thousands of repeated runs", "have", lambda v: replayed(folder, v)),
+    ):  # fmt: skip
+        counts = {v: (len(seen(v) & listed(v)), len(listed(v))) for v in digest.VERSIONS}
+        whole = [f"`{v}`" for v, (some, every) in counts.items() if some == every]
+        partly = [f"{some or 'none'} of {every} of `{v}`" for v, (some, every) in counts.items()
+                  if some < every]  # fmt: skip
+        every_one = [f"every kernel of {' and '.join(whole)}"] if whole else []
+        parts.append(f"{what} {verb} seen {', '.join([*every_one, *partly])} as they are now.")
+    return " ".join(parts)
 
 
 def summary(folder: Path, tools: tuple[str, ...] = TOOLS) -> str:

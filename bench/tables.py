@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import breadth, plots, proof_tables, record, study_tables
+from bench import ages, breadth, plots, proof_tables, record, study_tables
 from bench.digest import ROOT, instances
 from bench.study_tables import markdown
 from flash.study.sources import Source, collect
@@ -197,6 +197,14 @@ def fp8(results: Path) -> str:
     return "\n".join(parts).rstrip() or "Nothing has been measured yet."
 
 
+def for_each_gpu(results: Path, make: Callable[[Path], str]) -> str:
+    """A sentence for each GPU; with its name where there are several."""
+    found = folders(results)
+    texts = [make(folder) if len(found) == 1 else f"{folder.name}: {make(folder)}"
+             for folder in found]  # fmt: skip
+    return "\n\n".join(texts) or "Nothing has been recorded yet."
+
+
 def speed_files(folder: Path) -> list[Path]:
     return [
         path for way in ("forward", "backward") for path in sorted(folder.glob(f"{way}_*.json"))
@@ -208,6 +216,7 @@ def page(folder: Path) -> str:
     parts = [f"# {folder.name}", "", "Written by `python -m bench.tables` from the files here."]
     for heading_text, table in proof_tables.sections(folder):
         parts += ["", f"## {heading_text}", "", table]
+    parts += ["", "## Of which kernels each file speaks", "", ages.table(folder)]
     for path in speed_files(folder):
         content = record.read(path)
         parts += ["", f"## {title(path)}", "", heading(content), "", speeds(content), "",
@@ -240,6 +249,8 @@ def filled(text: str, results: Path) -> str:
     tables = {
         "support": support,
         "results": lambda: overview(results),
+        "ages": lambda: for_each_gpu(results, ages.sentence),
+        "reached": lambda: for_each_gpu(results, proof_tables.reached),
         "evolution": lambda: evolution(results),
         "timeline": lambda: traced(results),
         "fp8": lambda: fp8(results),
