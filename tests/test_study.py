@@ -271,6 +271,8 @@ def test_a_model_is_marked_and_bounds_what_it_models(name: str, tmp_path: Path) 
     for found in model["rows"]:
         assert found["tflops"] * 1e12 <= unit.half_flops * 1.0001
     assert call("compare", str(path), "--model", "Abacus").exit_code == 2
+    peers = modelled.content(held(row(1.0, competitor="fa3"), row(1.0, competitor="fa4")), name)
+    assert len(peers["rows"]) == (2 if name == "h100" else 0), "peers too, where they run"
 
 
 # --- files

@@ -206,7 +206,8 @@ STYLES = {"slower": "bold red", "faster": "green", "same": "", "modelled": "dim"
 def comparison(found: Comparison) -> RenderableType:
     rows = [(Text(line[0], STYLES[line[0]]), *line[1:]) for line in found.lines()]
     a, b = found.names
-    head = ("verdict", "case", "backend", f"{a}".capitalize(), f"{b}".capitalize(), "Ratio", "95 %")
+    sides = (name[:1].upper() + name[1:] for name in (a, b))
+    head = ("verdict", "case", "backend", *sides, "Ratio", "95 %")
     parts: list[RenderableType] = [table(found.summary(), head, rows)]
     if found.winners:
         columns = ("device", "cases", "fastest generation", "ahead by")

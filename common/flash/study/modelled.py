@@ -11,6 +11,10 @@ from flash.study.competitors import OURS
 
 Row = dict[str, Any]
 UNMODELLED = ("standard", "reference")  # they move S and P: another roofline
+NEEDS = {  # peers that do not run everywhere: compute capabilities from, and up to
+    "fa2": ((8, 0), (12, 0)), "sdpa-flash": ((8, 0), (12, 0)), "sdpa-cudnn": ((8, 0), (12, 0)),
+    "fa3": ((9, 0), (9, 0)), "fa4": ((9, 0), (10, 3)),
+}  # fmt: skip
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 
@@ -31,13 +35,17 @@ def least_bytes(case: Case) -> int:
     return once if case.direction == "forward" else 2 * once
 
 
-def serves(version: str, arch: Arch, case: Case) -> bool:
+def serves(name: str, arch: Arch, case: Case) -> bool:
+    """This competitor runs on such a GPU."""
     if isinstance(arch, str):
         return False
+    if name not in OURS:
+        first, last = NEEDS.get(name, (arch, arch))
+        return first <= arch <= last
     return any(
         row.covers(arch) and case.dtype in row.dtypes
         and any(case.head_dim <= d and case.dim_v <= dv for d, dv in row.dims(case.direction))
-        for row in capability(version).rows
+        for row in capability(OURS[name]).rows
     )  # fmt: skip
 
 
@@ -47,10 +55,7 @@ def content(measured: Row, name: str) -> Row:
     rows = []
     for row in measured["rows"]:
         case = of_row(row)
-        version = OURS.get(row["competitor"])
-        if row["competitor"] in UNMODELLED:
-            continue
-        if version is not None and not serves(version, arch, case):
+        if row["competitor"] in UNMODELLED or not serves(row["competitor"], arch, case):
             continue
         seconds = max(case.flops / unit.flops(case.dtype), least_bytes(case) / unit.bandwidth)
         kept = {**case.key(), "competitor": row["competitor"], "ran": "model"}

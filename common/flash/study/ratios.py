@@ -76,9 +76,11 @@ class Comparison:
     def summary(self) -> str:
         kinds = [r.verdict(self.threshold) for r in self.ratios]
         counted = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
-        mean = geomean(r.ratio for r in self.ratios)
+        measured = [r.ratio for r in self.ratios if not r.modelled]
+        mean = f"; geometric mean of the ratios {geomean(measured):.3f}" if measured else ""
+        bound = "" if "modelled" not in kinds else " (a bound that no kernel there exceeds)"
         left = f"; {self.only[0]} and {self.only[1]} rows have no partner" if any(self.only) else ""
-        return f"{counted or 'no row in common'}; geometric mean of the ratios {mean:.3f}{left}"
+        return f"{counted or 'no row in common'}{bound}{mean}{left}"
 
     def markdown(self) -> str:
         head = ("", "case", "backend", self.names[0], self.names[1], "ratio", "95 %")
