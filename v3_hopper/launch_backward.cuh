@@ -28,13 +28,22 @@ struct ScratchLayout {
   int64_t bytes() const { return dq + 2 * stats + turns; }
 };
 
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Heads whose key tiles run side by side: one when every tile is as long as the next, else as
-// many as leave Q, dO and the fp32 dQ of all of them in L2, so few that a head's tiles still meet.
-inline int heads_at_once(const Problem& p) {
+// many as leave Q, dO and the fp32 dQ of all of them in L2 (of a group the query head that its
+// tiles are at), so few that a head's tiles still meet. All of them where there are few tiles: an
+// uneven end costs most there.
+inline int heads_at_once(const Problem& p, int tiles_per_head) {
   const int64_t heads = int64_t(p.batch) * p.heads_kv;
   if (p.window_left == kUnlimited && p.window_right == kUnlimited) return 1;
-  const int64_t bytes_per_head =
-      int64_t(p.heads_q / p.heads_kv) * p.seqlen_q * p.head_dim * int64_t(2 + 2 + 4);
+  if (heads * tiles_per_head <= 4 * multiprocessors()) return std::max(int(heads), 1);
+  const int64_t bytes_per_head = int64_t(p.seqlen_q) * p.head_dim * int64_t(2 + 2 + 4);
   constexpr int64_t kL2Share = 32 << 20;
   constexpr int64_t kMost = 16;
   const int64_t in_l2 = kL2Share / std::max<int64_t>(bytes_per_head, 1);
@@ -42,13 +51,6 @@ inline int heads_at_once(const Problem& p) {
   const int64_t rounds = (heads + fit - 1) / fit;
   // All rounds alike: a short last one would end with long tiles on few multiprocessors.
   return rounds == 0 ? 1 : int((heads + rounds - 1) / rounds);
-}
-
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 
 inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
@@ -62,7 +64,7 @@ inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
   scratch.next_tile = scratch.turn + p.heads_q * layout.blocks * 2;
   scratch.blocks = layout.blocks;
   scratch.tiles_per_head = (p.seqlen_k + block_kv - 1) / block_kv;
-  scratch.heads_at_once = heads_at_once(p);
+  scratch.heads_at_once = heads_at_once(p, scratch.tiles_per_head);
   return scratch;
 }
 
