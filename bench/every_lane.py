@@ -53,7 +53,8 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     _crosswise("kValuesRead", "kKeysRead", "    self.stage(shared.k,"),
     ("v3_hopper/fp8_load.cuh", ".init(kTransposers);", ".init(32 * kTransposers);"),
     ("v3_hopper/fp8_transpose.cuh",
-     "      shared.v_full[done].arrive();\n      shared.raw_empty[from].arrive();\n    }\n",
+     "      shared.v_full[tile.slot<Traits::kStages>()].arrive();\n"
+     "      shared.raw_empty[from].arrive();\n    }\n",
      "    }\n    shared.v_full[tile.slot<Traits::kStages>()].arrive();\n"
      "    shared.raw_empty[from].arrive();\n"),
 ))  # fmt: skip

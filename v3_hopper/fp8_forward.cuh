@@ -48,11 +48,13 @@ struct Consumer {
   __device__ __forceinline__ void scores(const Work& work, int key, bool boundary, bool last) {
     float rS[Traits::kBlockKV / 2];  // (64, kBlockKV)
     pipe.wait_k();
-    float factor = to_log2 * pipe.k_descale();
+    float factor = to_log2 * pipe.scales().k;
+    const float v_ratio = pipe.scales().v_ratio;
     gemm_qk<Traits>(rS, pipe.tile_q(), pipe.tile_k());
     pipe.give_turn();
     wgmma_wait<0>();
     pin(rS);
+    if (last) pipe.keep_units();
     pipe.release_k();
     if (last) pipe.release_q();
     if constexpr (Traits::kFeatured) {
@@ -61,6 +63,7 @@ struct Consumer {
     }
     if (boundary) mask<Traits>(rS, work.sequence, work.row + thread_row(), key);
     update<Traits>(rS, state, correction, factor);
+    change_units(state, correction, v_ratio);
     exponentials<Traits>(rP, rS, state, factor);
     pipe.wait_v();
     pin(rP);
@@ -72,7 +75,6 @@ struct Consumer {
     constexpr int kPart = Traits::kPartV, kLast = (Traits::kPartsV - 1) * kPart;
     constexpr int kWide = kPart + Traits::kSumColumns;
     const unsigned char* sV = pipe.tile_v();
-    change_units(state, correction, pipe.v_descale());
     [[maybe_unused]] float before[kPart / 2];  // the part before the last
     if constexpr (Traits::kPartsV == 4) {
       float odd[kPart / 2];
@@ -105,7 +107,7 @@ struct Consumer {
 
   __device__ __forceinline__ void finish(const Work& work) {
     float lse[2];
-    normalize<Traits>(rO, state, lse);
+    normalize<Traits>(rO, state, lse, pipe.units());
     store_state<Traits>(args, work, consumer, thread_row(), nullptr, rO, lse);
     if (work.poisoned) {
       pipe.sync();  // all rows are written
@@ -128,7 +130,7 @@ struct Consumer {
       const int end = max(ceil_div(keys.end, Traits::kBlockKV), first);
       const Range unmasked = unmasked_blocks<Traits>(work.sequence, row);
       clear(rO);
-      state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, 1.0f};
+      state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
       pipe.wait_q();
       pipe.take_turn();
       for (int block = blocks.end - end; block > 0; --block) skip();

@@ -52,9 +52,10 @@ struct Loader {
     }
   }
 
-  __device__ __forceinline__ void load_k(const Work& at, int block) {
-    const float descale =
-        descale_of(args.p.k_descale, at.index, block * Traits::kBlockKV, at.head_kv);
+  __device__ __forceinline__ void load_k(const Work& at, int block, bool first) {
+    const int key = block * Traits::kBlockKV;
+    const float k_scale = descale_of(args.p.k_descale, at.index, key, at.head_kv);
+    const float v_scale = descale_of(args.p.v_descale, at.index, key, at.head_kv);
     const int slot = k.template slot<Traits::kStages>();
     shared.k_empty[slot].wait(k.template parity<Traits::kStages>() ^ 1);
     if (threadIdx.x == 0) {
@@ -62,7 +63,9 @@ struct Loader {
       full.arrive_expect(Traits::kBytesK);
       load_rows<Traits::kBlockKV, Traits::kChunks>(
           shared.k[slot], args.k, key_row<Traits>(at, block), at.head_kv, at.batch, full);
-      shared.k_descale[slot] = descale;
+      const float before = first ? 1.0f : shared.scales[(k.passed - 1) % Traits::kStages].v;
+      const float ratio = isfinite(before) ? __fdividef(before, v_scale) : 0.0f;
+      shared.scales[slot] = {k_scale, v_scale, ratio + (v_scale - v_scale)};
       full.arrive();
     }
     ++k.passed;
@@ -74,7 +77,6 @@ struct Loader {
     const Care care = !needs_guard<Traits>(at, block, packed) ? Care::kNone
                       : packed && keys < Traits::kBlockKV     ? Care::kClean
                                                               : Care::kLook;
-    const float descale = descale_of(args.p.v_descale, at.index, key, at.head_kv);
     const int slot = v.template slot<Traits::kStagesRaw>();
     shared.raw_empty[slot].wait(v.template parity<Traits::kStagesRaw>() ^ 1);
     if (threadIdx.x == 0) {
@@ -82,7 +84,7 @@ struct Loader {
       full.arrive_expect(Traits::kBytesRaw);
       load_rows<Traits::kBlockKV, Traits::kChunksV>(
           shared.raw[slot], args.v, key_row<Traits>(at, block), at.head_kv, at.batch, full);
-      shared.orders[slot] = {care, keys, tile.template slot<Traits::kWorkSlots>(), descale};
+      shared.orders[slot] = {care, keys, tile.template slot<Traits::kWorkSlots>()};
       full.arrive();
     }
     ++v.passed;
@@ -131,11 +133,11 @@ __device__ __forceinline__ void produce(const Arguments& args, typename Traits::
     if (threadIdx.x == 0) shared.work_full[slot].arrive();
     if (tile.head < 0) return load.end();
     const Range blocks = key_blocks<Traits>(work);
-    load.load_k(work, blocks.end - 1);
+    load.load_k(work, blocks.end - 1, true);
     load.load_q(work);
     load.load_v(work, blocks.end - 1);
     for (int j = blocks.end - 2; j >= blocks.begin; --j) {
-      load.load_k(work, j);
+      load.load_k(work, j, false);
       load.load_v(work, j);
     }
     __syncwarp();

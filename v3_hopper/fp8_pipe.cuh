@@ -12,7 +12,7 @@ template <class Traits>
 struct Pipes {
   typename Traits::Shared& shared;
   const int consumer;
-  Counter tile, k, v;
+  Counter tile, block;
 
   __device__ __forceinline__ const Work& wait_work() const {
     const int slot = tile.slot<Traits::kWorkSlots>();
@@ -35,23 +35,26 @@ struct Pipes {
   }
 
   __device__ __forceinline__ void wait_k() const {
-    shared.k_full[slot_k()].wait(k.parity<Traits::kStages>());
+    shared.k_full[slot()].wait(block.parity<Traits::kStages>());
   }
-  __device__ __forceinline__ const unsigned char* tile_k() const { return shared.k[slot_k()]; }
-  __device__ __forceinline__ float k_descale() const { return shared.k_descale[slot_k()]; }
+  __device__ __forceinline__ const unsigned char* tile_k() const { return shared.k[slot()]; }
+  __device__ __forceinline__ const BlockScales& scales() const { return shared.scales[slot()]; }
+  // The scale of the tile's last block of V is O's at the end.
+  __device__ __forceinline__ void keep_units() const {
+    if (leader()) shared.units[consumer] = scales().v;
+  }
+  __device__ __forceinline__ float units() const { return shared.units[consumer]; }
   __device__ __forceinline__ void release_k() {
-    if (leader()) shared.k_empty[slot_k()].arrive();
-    ++k.passed;
+    if (leader()) shared.k_empty[slot()].arrive();
   }
 
   __device__ __forceinline__ void wait_v() const {
-    shared.v_full[slot_v()].wait(v.parity<Traits::kStages>());
+    shared.v_full[slot()].wait(block.parity<Traits::kStages>());
   }
-  __device__ __forceinline__ const unsigned char* tile_v() const { return shared.v[slot_v()]; }
-  __device__ __forceinline__ float v_descale() const { return shared.v_descale[slot_v()]; }
+  __device__ __forceinline__ const unsigned char* tile_v() const { return shared.v[slot()]; }
   __device__ __forceinline__ void release_v() {
-    if (leader()) shared.v_empty[slot_v()].arrive();
-    ++v.passed;
+    if (leader()) shared.v_empty[slot()].arrive();
+    ++block.passed;
   }
 
   // Consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of
@@ -71,8 +74,7 @@ struct Pipes {
 
  private:
   __device__ __forceinline__ int slot_q() const { return tile.slot<Traits::kStagesQ>(); }
-  __device__ __forceinline__ int slot_k() const { return k.slot<Traits::kStages>(); }
-  __device__ __forceinline__ int slot_v() const { return v.slot<Traits::kStages>(); }
+  __device__ __forceinline__ int slot() const { return block.slot<Traits::kStages>(); }
   __device__ __forceinline__ bool leader() const { return threadIdx.x % kGroupThreads == 0; }
 };
 

@@ -16,7 +16,6 @@ inline constexpr float kLiftLog2 = 7.0f, kSlackLog2 = 1.8f;
 struct RowState {
   float row_max[2];  // reference of the exponentials: of the scaled scores, times log2(e)
   float row_sum[2];  // of P as rounded; whole in the first thread of a quad, others hold zeros
-  float v_descale;   // O is in units of this
 };
 
 // Softcap and scales that are not positive; afterwards S is a score times log2(e).
@@ -37,7 +36,8 @@ __device__ __forceinline__ void feature(float (&s)[Traits::kBlockKV / 2], float 
 }
 
 // Raises the references where a score, S * to_log2, exceeds them by the slack, which is rare. What
-// was summed before has to be multiplied by `correction`.
+// was summed before has to be multiplied by `correction`. A row depends on its own scores alone, so
+// that its bits are the same whatever its neighbours are.
 template <class Traits>
 __device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2], RowState& state,
                                        float (&correction)[2], float to_log2) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2], R
     float& found = highest[half];
     found = fmaxf(found, __shfl_xor_sync(~0u, found, 1));
     found = fmaxf(found, __shfl_xor_sync(~0u, found, 2));
-    found = fmaxf(found, state.row_max[half]);
+    if (!(found > state.row_max[half] + kSlackLog2)) found = state.row_max[half];
     correction[half] = fast_exp2(state.row_max[half] - (found == -INFINITY ? 0.0f : found));
     state.row_max[half] = found;
   }
@@ -101,13 +101,11 @@ __device__ __forceinline__ void exponentials(uint32_t (&p)[Traits::kBlockKV / 8]
 
 // The factor that takes O to the new maximum and to units of the new block of V.
 __device__ __forceinline__ void change_units(RowState& state, float (&correction)[2],
-                                             float v_descale) {
-  const float ratio = __fdividef(state.v_descale, v_descale);
-  state.v_descale = v_descale;
+                                             float v_ratio) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     state.row_sum[half] *= correction[half];
-    correction[half] *= ratio;
+    correction[half] *= v_ratio;
   }
 }
 
@@ -124,13 +122,13 @@ __device__ __forceinline__ void promote(float (&o)[kAll], const float (&part)[kP
 // O / row_sum; lse becomes the natural log-sum-exp, -inf for a row that saw nothing.
 template <class Traits>
 __device__ __forceinline__ void normalize(float (&o)[Traits::kHeadDimV / 2], RowState& state,
-                                          float (&lse)[2]) {
+                                          float (&lse)[2], float units) {
   constexpr float kLn2 = 0.6931471805599453f;
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = __shfl_sync(~0u, state.row_sum[half], threadIdx.x % kWarp & ~3);
-    inverse[half] = sum == 0.0f ? 0.0f : __fdividef(state.v_descale, sum);
+    inverse[half] = sum == 0.0f ? 0.0f : __fdividef(units, sum);
     lse[half] = sum == 0.0f ? -INFINITY : (state.row_max[half] - kLiftLog2 + __log2f(sum)) * kLn2;
   }
   rescale<Traits>(o, inverse);

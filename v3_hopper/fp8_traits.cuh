@@ -24,12 +24,17 @@ struct Tuning<256> {
 // of rows behind the last key. After the last tile: the end.
 enum class Care : int { kNone, kLook, kClean, kEnd };
 
+// The scales of a block of keys, which consumers read with K: of K, of V, and of the V of the block
+// before in units of this one's.
+struct BlockScales {
+  float k, v, v_ratio;
+};
+
 // What the loading warp tells the transposing warps of a tile of V.
 struct Order {
   Care care;
   int keys;  // rows that count
   int work;  // slot of its tile of work
-  float descale;
 };
 
 template <class Instance, bool kFeaturedScores>
@@ -73,7 +78,8 @@ struct Traits {
     alignas(1024) unsigned char k[kStages][kBytesK];
     alignas(1024) unsigned char raw[kStagesRaw][kBytesRaw];  // V (keys, dv)
     alignas(1024) unsigned char v[kStages][kBytesV];         // V (dv, keys), and the ones
-    float k_descale[kStages], v_descale[kStages];
+    BlockScales scales[kStages];
+    float units[kConsumers];  // the last scale of V of a consumer's tile
     Order orders[kStagesRaw];
     Work work[kWorkSlots];
     PackedWalk walk;

@@ -134,9 +134,7 @@ __device__ __forceinline__ void transpose_all(typename Traits::Shared& shared) {
     __syncwarp();
     asm volatile("" : "+r"(tile.passed));  // addresses are worked out again, not kept in registers
     if (threadIdx.x % kWarp == 0) {
-      const int done = tile.slot<Traits::kStages>();
-      shared.v_descale[done] = order.descale;
-      shared.v_full[done].arrive();
+      shared.v_full[tile.slot<Traits::kStages>()].arrive();
       shared.raw_empty[from].arrive();
     }
   }
