@@ -24,10 +24,11 @@ __device__ __forceinline__ uint32_t keep_finite(uint32_t pair) {
   return pair & ((folded & 0xffffu ? 0u : 0xffffu) | (folded >> 16 ? 0u : 0xffff0000u));
 }
 
-// One guard warp looks through its share of a V tile: rows behind the last key become zero, NaN and
-// Inf too. Returns whether any was found. The first pass only looks, which is all that most need.
+// One guard warp looks through its share of a V tile, where some row must not see some of it: NaN
+// and Inf become zero, and so do rows behind the last key. Returns whether any was found before
+// them. The first pass only looks, which is all that most need.
 template <class Traits>
-__device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, int guard) {
+__device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, bool looks, int guard) {
   using Element = typename Traits::Element;
   constexpr int kRowVectors = kChunkBytes / 16;
   constexpr int kVectors = Traits::kBytesV / 16, kStep = kGuardWarps * kWarp;
@@ -38,7 +39,7 @@ __device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, int guard
   const int first = guard * kWarp + threadIdx.x % kWarp;
   uint4 folded = {0, 0, 0, 0};
 #pragma unroll 1
-  for (int batch = first; batch < kVectors; batch += kBatch * kStep) {
+  for (int batch = looks ? first : kVectors; batch < kVectors; batch += kBatch * kStep) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const uint4 x = vectors[batch + i * kStep];
@@ -49,7 +50,13 @@ __device__ __forceinline__ bool clean_v(unsigned char* tile, int keys, int guard
     }
   }
   const uint32_t any = (folded.x | folded.y | folded.z | folded.w) & 0x7fff7fffu;
-  if (!__any_sync(~0u, any != 0) && keys >= Traits::kBlockKV) return false;
+  if (!__any_sync(~0u, any != 0)) {
+#pragma unroll 4
+    for (int at = first; at < kVectors && keys < Traits::kBlockKV; at += kStep) {
+      if (at / kRowVectors % Traits::kBlockKV >= keys) vectors[at] = {0, 0, 0, 0};
+    }
+    return false;
+  }
   bool found = false;
 #pragma unroll 1
   for (int at = first; at < kVectors; at += kStep) {
@@ -82,8 +89,10 @@ __device__ __forceinline__ void guard(const Arguments& args, typename Traits::Sh
       if (!needs_guard<Traits>(work, block, packed)) continue;
       shared.v_landed[v.slot].wait(landed_parity >> v.slot & 1);
       landed_parity ^= 1u << v.slot;
-      const int keys = work.sequence.seqlen_k - block * Traits::kBlockKV;
-      const bool found = clean_v<Traits>(shared.v[v.slot], keys, guard);
+      const int key = block * Traits::kBlockKV, keys = work.sequence.seqlen_k - key;
+      const bool looks =
+          !work.sequence.all_visible(work.row, Traits::kBlockQ, key, min(Traits::kBlockKV, keys));
+      const bool found = clean_v<Traits>(shared.v[v.slot], keys, looks, guard);
       if (found && leader) work.poisoned = 1;
       fence_async_proxy();
       __syncwarp();
