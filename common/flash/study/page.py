@@ -42,8 +42,9 @@ CAPTIONS = {
     "speed": "Median of a burst; N(0, 1) inputs; causal counts visible pairs only; a backward pass "
              "counts 2.5 times its forward pass.",
     "error": "Relative L2 distance from attention in fp64 on the timed inputs, one head.",
-    "roofline": "Ceilings as bench.limits measured them. Bytes: DRAM by ncu where counted, else "
-                "every tensor once. mma.sync is the ceiling of v1 and v2, wgmma that of v3.",
+    "roofline": "Ceilings as bench.limits measured them. Bytes: from ncu's count of DRAM at S = "
+                "4096; what a forward pass moves there beyond every tensor once is taken to grow "
+                "with the length. mma.sync is the ceiling of v1 and v2, wgmma that of v3.",
     "traffic": "Paler to darker: what the closed form counts, what the SMs asked of L2, what went "
                "to DRAM (ncu, cold L2); dotted: each tensor once. L2 answers repeated reads of Q, "
                "K and V and absorbs the additions to dQ, so v2 and v3 reach DRAM little more than "
@@ -153,7 +154,7 @@ def facts(source: Source) -> str:
     shown = ("driver", "power_limit_w", "max_clock_mhz", "torch", "cuda", "cudnn")
     words = [f"{name} {source.environment[name]}" for name in shown if name in source.environment]
     dates = sorted(row["date"][:10] for row in source.rows if "date" in row)
-    words += [f"measured {dates[0]} to {dates[-1]}"] if dates else []
+    words += ["measured " + " to ".join(dict.fromkeys((dates[0], dates[-1])))] if dates else []
     return html.escape(", ".join(words))
 
 

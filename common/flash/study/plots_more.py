@@ -21,13 +21,21 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def intensity(source: Source, row: Row) -> float:
-    """FLOPs per DRAM byte: counted by ncu at another length of the same kind, else the least."""
+    """FLOPs per DRAM byte: from ncu's count at another length of as many tokens, else the least.
+
+    What a forward pass moves beyond each tensor once (v1's O, m and l) grows with the length; what
+    a backward pass moves beyond that (the sums of dQ in fp32) does not.
+    """
     case = of_row(row)
     for counted in source.parts.get("traffic", []):
         if key(counted) == key(row):
-            nbytes = counted["dram_read"] + counted["dram_write"]
-            scale = of_row(counted).flops / of_row(counted).seqlen  # FLOPs grow with length
-            return float(scale * case.seqlen / nbytes)
+            other = of_row(counted)
+            once = least_bytes(other)
+            beyond = counted["dram_read"] + counted["dram_write"] - once
+            if case.direction == "forward":
+                beyond *= case.seqlen / other.seqlen
+            tokens = case.batch * case.seqlen / (other.batch * other.seqlen)
+            return float(case.flops / ((once + beyond) * tokens))
     return case.flops / least_bytes(case)
 
 

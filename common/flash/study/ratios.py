@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flash.study.cases import KEY, of_row
+from flash.study.cases import KEY, SHORT, of_row
 from flash.study.files import device_name
 from flash.study.measure import describe
 
@@ -160,11 +160,12 @@ def compare(first: Row, second: Row, threshold: float) -> Comparison:
 
 
 def winners(device: str, rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
-    """Which generation is fastest on this device, by direction, head dim and mask."""
+    """Which generation is fastest on this device, by direction, head dim, mask and dtype."""
     groups: dict[str, dict[tuple[Any, ...], dict[str, Row]]] = {}
     for row in rows:
         if row["competitor"] in OURS and row.get("ran", "kernel") == "kernel":
-            name = f"{row['direction']} d{row['head_dim']} {row['mask']}"
+            dtype = "" if row["dtype"] == "bfloat16" else f", {SHORT[row['dtype']]}"
+            name = f"{row['direction']} d{row['head_dim']} {row['mask']}{dtype}"
             case = key({**row, "competitor": ""})
             groups.setdefault(name, {}).setdefault(case, {})[row["competitor"]] = row
     found = []
