@@ -68,6 +68,9 @@ def test_flops_and_bound() -> None:
     assert long.milliseconds >= 1e3 * long.flops / 990e12
     decode = flash.explain(*meta(1, 8192), arch="sm_90").estimates[0]
     assert decode.bound == "memory"
+    assert long.bound == "arithmetic", "L2 answers what is asked for again"
+    assert decode.least_bytes <= decode.bytes
+    assert f"each tensor once {long.least_bytes / 1e6:.1f} MB" in long.line()
     torch_long = flash.explain(*meta(8192, 8192), arch="sm_90").estimates[3]
     assert torch_long.bound == "arithmetic"
 

@@ -42,8 +42,9 @@ class Estimate:
     runs: bool
     reasons: tuple[str, ...]
     flops: int
-    bytes: int  # between kernel and memory; repeated reads may come from L2
-    intensity: float  # FLOPs per byte
+    bytes: int  # that the schedule asks for; L2 answers what is asked for again
+    least_bytes: int  # every tensor once: what memory gives at least
+    intensity: float  # FLOPs per byte from memory, at most
     block_q: int | None = None
     block_kv: int | None = None
     stages: int | None = None
@@ -66,9 +67,10 @@ class Estimate:
                 f"{self.threads} threads, grid {self.grid}, shared {self.shared_bytes / 1024:.1f} "
                 f"KiB (from the {self.tile_from})"
             )
+        asked = f"asks for {self.bytes / 1e6:.1f} MB, " if self.bytes != self.least_bytes else ""
         text += (
-            f"\n     {self.flops / 1e9:.3f} GFLOP, {self.bytes / 1e6:.3f} MB, "
-            f"{self.intensity:.1f} FLOP/B"
+            f"\n     {self.flops / 1e9:.3f} GFLOP, {asked}each tensor once "
+            f"{self.least_bytes / 1e6:.1f} MB: {self.intensity:.1f} FLOP/B"
         )
         if self.ridge is not None and self.milliseconds is not None:
             text += (
@@ -186,19 +188,20 @@ def _estimate(
     )
     flops = flops if forward else backward_flops(flops)
     tile = _tile(name, decision, qkv, spec, unit, real)
-    nbytes = _bytes(name, decision, qkv, spec, tile)
-    intensity = flops / nbytes if nbytes else 0.0
+    least = _least_bytes(decision, qkv)
+    nbytes = _bytes(name, decision, qkv, spec, tile) or least
+    intensity = flops / least if least else 0.0
     bound: dict[str, Any] = {}
     if unit is not None:
         dtype = DTYPES[request.dtype]
         ridge = unit.ridge(dtype)
-        seconds = max(flops / unit.flops(dtype), nbytes / unit.bandwidth)
+        seconds = max(flops / unit.flops(dtype), least / unit.bandwidth)
         kind = "arithmetic" if intensity >= ridge else "memory"
         bound = {"ridge": ridge, "bound": kind, "milliseconds": 1e3 * seconds}
     kind = engine_kind(name, decision.arch)
     reasons = tuple(decision.reasons.get(name, ()))
     runs = name == decision.backend
-    return Estimate(name, kind, runs, reasons, flops, nbytes, intensity, **tile, **bound)
+    return Estimate(name, kind, runs, reasons, flops, nbytes, least, intensity, **tile, **bound)
 
 
 def _tile(
@@ -220,8 +223,9 @@ def _tile(
             return {**plan, "tile_from": "module"}
     batch, length, heads, _ = q.shape
     found = capability(name).tile(
-        request.direction, q.shape[3], v.shape[3], length, batch * heads * length
-    )
+        request.direction, q.shape[3], v.shape[3], length, batch * heads * length,
+        full=spec.left is None and spec.right is None,
+    )  # fmt: skip
     if found is None:
         return {}
     itemsize = 1 if request.dtype == torch.float8_e4m3fn else q.element_size()
@@ -248,21 +252,31 @@ def _bytes(
     name: str, decision: Decision, qkv: tuple[Tensor, Tensor, Tensor], spec: Spec,
     tile: dict[str, Any],
 ) -> int:  # fmt: skip
-    """The generation's closed form; for others, every tensor once."""
+    """The generation's closed form; 0 where there is none."""
     q, k, v = qkv
-    request = decision.request
-    itemsize = 1 if request.dtype == torch.float8_e4m3fn else q.element_size()
-    out = max(itemsize, 2)
-    if tile and q.numel() and k.numel():
-        shape = analysis.Shape(
-            q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1], q.shape[3], v.shape[3],
-            itemsize, out,
-        )  # fmt: skip
-        size = tiles.Tile(tile["block_q"], tile["block_kv"])
-        return sum(analysis.hbm_bytes(name, request.direction, shape, spec, size).values())
+    if not (tile and q.numel() and k.numel()):
+        return 0
+    itemsize, out = _item_sizes(decision, q)
+    shape = analysis.Shape(
+        q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1], q.shape[3], v.shape[3],
+        itemsize, out,
+    )  # fmt: skip
+    size = tiles.Tile(tile["block_q"], tile["block_kv"])
+    return sum(analysis.hbm_bytes(name, decision.request.direction, shape, spec, size).values())
+
+
+def _item_sizes(decision: Decision, q: Tensor) -> tuple[int, int]:
+    """Bytes of an input's element, and of a result's."""
+    itemsize = 1 if decision.request.dtype == torch.float8_e4m3fn else q.element_size()
+    return itemsize, max(itemsize, 2)
+
+
+def _least_bytes(decision: Decision, qkv: tuple[Tensor, Tensor, Tensor]) -> int:
+    q, k, v = qkv
+    itemsize, out = _item_sizes(decision, q)
     rows = q.shape[0] * q.shape[1] * q.shape[2]
     inputs = (q.numel() + k.numel() + v.numel()) * itemsize
     result, stats = rows * v.shape[3] * out, rows * 4
-    if request.direction == "forward":
+    if decision.request.direction == "forward":
         return inputs + result + stats
     return 2 * inputs + 2 * result + stats
