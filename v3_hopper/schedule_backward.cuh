@@ -64,36 +64,34 @@ struct KeyTile {
   }
 };
 
-// The steps of one CTA: all query heads of its KV head, all blocks of rows that see its keys.
+// The steps of one CTA: all blocks of rows that see its keys, in all query heads of its KV head.
 //
 // Blocks go from the last row to the first, and key tiles are launched from the first key on: then
-// the key tile that is first to add to some rows of dQ is also among the first to arrive there.
+// the key tile that is first to add to some rows of dQ is also among the first to arrive there. So
+// it stays with the heads of a group inside: long and short key tiles go through them together.
 struct RowSteps {
-  int head, block;  // of this step
-  int direction;    // +1 or -1
-  int first, end;   // blocks of each head, in that direction
-  int heads;        // left, this one included
+  int head, block;        // of this step
+  int first_head, group;  // the query heads of the KV head
+  int direction;          // +1 or -1
+  int end;                // behind the last block, in that direction
 
   __device__ __forceinline__ RowSteps(const BackwardParams& p, const KeyTile& tile, Range rows) {
-    const int group = p.heads_q / p.heads_kv;
+    group = p.heads_q / p.heads_kv;
+    first_head = head = tile.head_kv * group;
     const int begin = rows.begin / kGradientRows;
     const int last = rows.end > rows.begin ? int(blocks_of(rows.end)) - 1 : begin - 1;
     direction = KeyTile::last_first(p) ? 1 : -1;
-    first = direction > 0 ? begin : last;
+    block = direction > 0 ? begin : last;
     end = (direction > 0 ? last : begin) + direction;
-    head = tile.head_kv * group;
-    block = first;
-    heads = last >= begin ? group : 0;
   }
-  __device__ __forceinline__ bool valid() const { return heads > 0; }
-  __device__ __forceinline__ int count() const { return heads * (end - first) * direction; }
+  __device__ __forceinline__ bool valid() const { return block != end; }
+  // All of them, before the first.
+  __device__ __forceinline__ int count() const { return group * (end - block) * direction; }
   __device__ __forceinline__ int row() const { return block * kGradientRows; }
   __device__ __forceinline__ void advance() {
+    if (++head < first_head + group) return;
+    head = first_head;
     block += direction;
-    if (block != end) return;
-    block = first;
-    ++head;
-    --heads;
   }
 };
 
