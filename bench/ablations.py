@@ -55,7 +55,7 @@ _GUARD, _SOFTMAX = '#include "v3_hopper/guard.cuh"\n', "softmax = {make_scale<Tr
 SPECIALIZATION = (
     ("v3_hopper/traits.cuh", "kThreads = (1 + kConsumers)", "kThreads = kConsumers"),
     ("v3_hopper/traits.cuh", "kConsumers + kGuardWarps + 1;", "kConsumers;"),
-    ("v3_hopper/traits.cuh", "kSkips = !kTakesTurns && kBlockQ > kBlockKV;", "kSkips = false;"),
+    ("v3_hopper/traits.cuh", "bool kSkips =", "bool kSkips = false &&"),
     ("v3_hopper/load.cuh", "needs_guard<Traits>(at, block, args.p.cu_seqlens_k != nullptr)",
      "false"),
     (_CONSUMER, _GUARD, '#include "v3_hopper/feeder.cuh"\n' + _GUARD),
