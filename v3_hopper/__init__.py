@@ -33,6 +33,7 @@ CAPABILITY = Capability(
         ("forward", 128, 128): Tile(192, 64, 3, 512),
     },
     long_rows=8192,
+    long_rows_full=2048,
     long_rows_of_all_heads=1 << 18,
     alignment=16,
     exact_head_dims=("float8_e4m3fn",),

@@ -69,6 +69,7 @@ struct Consumer {
     pipe.release_k();
     if (next.last()) pipe.release_q();
     pack<Traits>(rP, rS);
+    next.skip_v(pipe);
     return true;
   }
 

@@ -51,6 +51,7 @@ struct Traits {
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesRaw = Tuned::kStagesRaw;
   static constexpr int kStagesQ = Tuned::kStagesQ;
+  static constexpr bool kFolds = false;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;

@@ -1,6 +1,8 @@
 // Host side of the forward pass: tensor maps, a persistent grid, shared memory, one launch.
 #pragma once
 
+#include <numeric>
+
 #include "common/backend.h"
 #include "common/launch.cuh"
 #include "v3_hopper/forward.cuh"
@@ -32,17 +34,30 @@ int64_t count_tiles(const Problem& p) {
   return p.heads_q * (dense < packed ? dense : packed);
 }
 
+// Causal heads whose tiles fill whole pairs of rounds, so that each CTA gets as many long ones as
+// short ones.
+template <class Traits>
+int count_folded(const Problem& p, int group, int tiles_q) {
+  const bool causal = p.window_right != kUnlimited && p.window_left == kUnlimited;
+  if (!Traits::kFolds || !causal || tiles_q % 2 != 0) return 0;
+  const int round = 2 * multiprocessors();
+  const int step = round / std::gcd(round, group * tiles_q) * group;
+  return p.batch * p.heads_q / step * step;
+}
+
 // Full masks: one KV head after the other, so that its K and V are read from L2. Masks that make
-// tiles uneven: a quarter as many KV heads as multiprocessors side by side, so that four CTAs share
-// each K/V (more where query heads share them); where these are not whole rounds of the grid, which
-// alternating directions level out, half as many, for fewer seams.
+// tiles uneven: as many heads folded as fit. Of the others, a quarter as many KV heads as
+// multiprocessors side by side, so that four CTAs share each K/V (more where query heads share
+// them); where these are not whole rounds of the grid, which alternating directions level out, half
+// as many, for fewer seams.
 template <class Traits>
 ScheduleParams make_schedule(const Problem& p) {
   const int group = p.heads_q / p.heads_kv, tiles_q = ceil_div(p.seqlen_q, Traits::kBlockQ);
   const int sms = multiprocessors(), quarter = sms / 4 * group;
   const int heads = int64_t(quarter) * tiles_q % sms == 0 ? quarter : sms / 2 * group;
   const bool uneven = p.window_right != kUnlimited;
-  return {tiles_q, uneven && heads > group ? heads : group, nullptr};
+  return {tiles_q, count_folded<Traits>(p, group, tiles_q), uneven && heads > group ? heads : group,
+          nullptr};
 }
 
 // Rows of a tensor in memory, and how many batches of them.
@@ -114,7 +129,9 @@ template <class Instance>
 constexpr bool kHasLongTiles = kDType<typename Instance::Element> != DType::kFloat8E4M3 &&
                                kHasLong<Instance::kHeadDim, Instance::kHeadDimV>;
 inline bool is_long(const Problem& p) {
-  return p.seqlen_q >= kLongRows && p.total_q * p.heads_q >= kLongRowsOfAllHeads && !is_uneven(p);
+  const bool full = p.window_left == kUnlimited && p.window_right == kUnlimited;
+  return p.seqlen_q >= (full ? kLongRowsFull : kLongRows) &&
+         p.total_q * p.heads_q >= kLongRowsOfAllHeads && !is_uneven(p);
 }
 
 template <class Instance>

@@ -110,10 +110,23 @@ class Schedule {
   __device__ __forceinline__ Tile dense(int index) const {
     const int heads = args_.p.batch * args_.p.heads_q;
     if (index >= heads * args_.schedule.tiles_q) return kNoTile;
-    Tile tile = locate(index, heads, args_.schedule.tiles_q);
+    const int folded = args_.schedule.folded_heads, before = folded * args_.schedule.tiles_q;
+    Tile tile = index < before ? fold(index)
+                               : locate(index - before, heads - folded, args_.schedule.tiles_q);
+    if (index >= before) tile.head += folded;
     tile.sequence = unsigned(tile.head) / unsigned(args_.p.heads_q);
     tile.head -= tile.sequence * args_.p.heads_q;
     return tile;
+  }
+
+  // Head after head: of the tiles that mirror each other a CTA takes the longer one in one round
+  // and the shorter one, whose K and V are in L2 by then, in the next.
+  __device__ __forceinline__ Tile fold(unsigned index) const {
+    const unsigned ctas = gridDim.x, tiles_q = args_.schedule.tiles_q, half = tiles_q / 2;
+    const unsigned rounds = index / (2 * ctas), inside = index - rounds * 2 * ctas;
+    const unsigned pair = rounds * ctas + min(inside, 2 * ctas - 1 - inside);
+    const unsigned head = pair / half, tile_q = pair - head * half;
+    return {0, int(head), int(inside < ctas ? tiles_q - 1 - tile_q : tile_q) * Traits::kBlockQ};
   }
 
   // Sequences of different lengths: lanes sum the tiles of 32 of them at a time, longest first.

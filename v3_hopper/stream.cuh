@@ -30,6 +30,8 @@ struct Stream {
         pipe.wait_k();
         __syncwarp();  // one lane gives back what all have seen
         pipe.release_k();
+        pipe.take_turn();  // for nothing, but the other consumer counts on it
+        pipe.give_turn();
       }
     }
     unmasked = unmasked_blocks<Traits>(candidate.sequence, candidate.row + group_row);

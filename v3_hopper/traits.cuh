@@ -63,6 +63,7 @@ inline constexpr bool kHasLong<96, 96> = true;
 template <>
 inline constexpr bool kHasLong<128, 128> = true;
 inline constexpr int kLongRows = 8192;
+inline constexpr int kLongRowsFull = 2048;               // the same where nothing is masked
 inline constexpr int64_t kLongRowsOfAllHeads = 1 << 18;  // fewer would leave CTAs idle
 
 // One tile of work, written by the scheduling warp and read by everyone else.
@@ -105,9 +106,9 @@ struct Traits {
   static constexpr int kStages = Tuned::kStages;
   static constexpr int kStagesQ = Tuned::kStagesQ;
   static constexpr bool kTakesTurns = kConsumers == 2;
-  // Blocks that a consumer's rows do not see; with turns, consumers must stay in step.
-  static constexpr bool kSkips = !kTakesTurns && kBlockQ > kBlockKV;
-  static_assert(!kSkips || kStagesQ > 1);  // change_tile skips nothing
+  // Blocks that a consumer's rows do not see; with turns, change_tile alone keeps them in step.
+  static constexpr bool kSkips = (!kTakesTurns || kStagesQ == 1) && kBlockQ > kBlockKV;
+  static constexpr bool kFolds = kTakesTurns;  // three warpgroups' tiles gain nothing by it
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
@@ -148,6 +149,7 @@ inline constexpr int kLateClaimRows = 1024;
 
 struct ScheduleParams {
   int tiles_q;            // query tiles of the longest sequence
+  int folded_heads;       // query heads whose tiles come in pairs; behind them:
   int heads_per_section;  // query heads whose tiles are interleaved, so that their K/V stay in L2
   int* claimed;           // tiles that CTAs have claimed beyond their first; null: no claims
 };

@@ -78,12 +78,13 @@ class Capability:
     tiles: dict[tuple[str, int, int], Tile] = field(default_factory=dict)
     long_tiles: dict[tuple[str, int, int], Tile] = field(default_factory=dict)
     long_rows: int = 0  # sequences of so many query rows take the long tiles, where there are any,
+    long_rows_full: int = 0  # the same where nothing is masked
     long_rows_of_all_heads: int = 0  # if all heads of the batch have so many together
     alignment: int = 1  # bytes that rows and pointers must be multiples of
     exact_head_dims: tuple[str, ...] = ()  # dtypes whose head dim must be one of those compiled
 
     def tile(self, direction: str, head_dim: int, head_dim_v: int, rows: int,
-             of_all_heads: int) -> Tile | None:  # fmt: skip
+             of_all_heads: int, full: bool = False) -> Tile | None:  # fmt: skip
         """The tile of the smallest compiled kernel that holds these head dims."""
         fits = [
             key for key in self.tiles
@@ -92,7 +93,8 @@ class Capability:
         if not fits:
             return None
         key = min(fits, key=lambda fit: fit[1])
-        long = rows >= self.long_rows and of_all_heads >= self.long_rows_of_all_heads
+        least = self.long_rows_full if full else self.long_rows
+        long = rows >= least and of_all_heads >= self.long_rows_of_all_heads
         return self.long_tiles.get(key, self.tiles[key]) if long else self.tiles[key]
 
     def as_dict(self) -> dict[str, Any]:

@@ -136,8 +136,9 @@ def mask_picture(inputs: list[Any], options: dict[str, Any]) -> str:
     spec = make_spec(options["causal"], options["window"], None, 0.0, False, q.shape[-1])
     for version in VERSIONS:
         tile = capability(version).tile(
-            "forward", q.shape[-1], v.shape[-1], q.shape[1], q.shape[:3].numel()
-        )
+            "forward", q.shape[-1], v.shape[-1], q.shape[1], q.shape[:3].numel(),
+            full=spec.left is None and spec.right is None,
+        )  # fmt: skip
         if tile is not None:
             cut = Tile(tile.block_q, tile.block_kv)
             return f"{version}:\n{picture(spec, q.shape[1], k.shape[1], cut)}"

@@ -28,7 +28,7 @@ def test_tiles_of_the_table(version: str, rows: int) -> None:
         q, k, v = (torch.empty(shape, dtype=dtype, device=DEVICE) for shape in shapes)
         problem, _ = runner.plan(direction, q, k, v, Spec(1.0))
         plan = runner.module.plan(direction, problem)
-        tile = capability(version).tile(way, dim, dim_v, rows, 32 * rows)
+        tile = capability(version).tile(way, dim, dim_v, rows, 32 * rows, full=True)
         fields = ("block_q", "block_kv", "stages", "threads")
         said = {name: (asdict(tile)[name] if tile else None) for name in fields}
         seen += 1
