@@ -24,7 +24,7 @@ def ablations(source: Source, theme: Theme) -> Figure | None:
     lines = len(rows) + 1.3 * len(groups)
     figure, axes = sheet(theme, 1, 1, 8.0, 1.17 + 0.24 * lines, right=0.4)
     ax = axes[0][0]
-    figure.subplots_adjust(left=0.2)
+    figure.subplots_adjust(left=0.03 + 0.0085 * max(len(row["case"]) for row in rows))
     place, ticks = 0.0, []
     for version, without in groups:
         ax.text(0.005, place, f"{version} without {without}", va="center", fontweight="bold")
