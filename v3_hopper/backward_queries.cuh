@@ -41,12 +41,12 @@ struct QueriesTraits {
 struct RowTile {
   int batch, head, row;
 
-  __device__ __forceinline__ RowTile(const BackwardParams& p, int rows) {
+  __device__ __forceinline__ RowTile(const BackwardParams& p, const Scratch& scratch, int rows) {
     const int blocks = (p.seqlen_q + rows - 1) / rows;
-    const int block = blockIdx.x % blocks;
-    row = rows * (p.window_right == kUnlimited ? block : blocks - 1 - block);
-    head = blockIdx.x / blocks % p.heads_q;
-    batch = blockIdx.x / blocks / p.heads_q;
+    const HeadTile at(scratch, blockIdx.x, p.batch * p.heads_q, blocks);
+    row = rows * (p.window_right == kUnlimited ? at.tile : blocks - 1 - at.tile);
+    head = at.head % p.heads_q;
+    batch = at.head / p.heads_q;
   }
 };
 
@@ -247,7 +247,7 @@ __global__ __launch_bounds__(Traits::kThreads,
                                                       const __grid_constant__ Scratch scratch) {
   extern __shared__ uint8_t memory[];
   auto& shared = *align_shared<typename Traits::Shared>(memory);
-  const RowTile tile(p, Traits::kBlockQ);
+  const RowTile tile(p, scratch, Traits::kBlockQ);
   const Sequence sequence(p, tile.batch);
   if (tile.row >= sequence.seqlen_q) return;
   const Range keys = sequence.keys(tile.row, Traits::kBlockQ);

@@ -31,23 +31,30 @@ __device__ __forceinline__ int64_t first_block(const Params& p, const Sequence& 
   return sequence.row_q / kGradientRows + batch;
 }
 
+// Tiles in rounds of heads: of each round the first tile of all its heads, then the second.
+struct HeadTile {
+  int head, tile;
+
+  __device__ __forceinline__ HeadTile(const Scratch& scratch, int index, int heads, int tiles) {
+    const int round = scratch.heads_at_once * tiles;
+    const int first_head = index / round * scratch.heads_at_once;
+    const int round_heads = min(scratch.heads_at_once, heads - first_head);
+    const int within = index % round;
+    head = first_head + within % round_heads;
+    tile = within / round_heads;
+  }
+};
+
 // The keys that one CTA owns.
 struct KeyTile {
   int batch, head_kv, block;
 
   __device__ __forceinline__ KeyTile(const BackwardParams& p, const Scratch& scratch,
                                      int index = blockIdx.x) {
-    const int heads = p.batch * p.heads_kv;
-    const int tiles_per_group = scratch.heads_at_once * scratch.tiles_per_head;
-    const int group = index / tiles_per_group;
-    const int first_head = group * scratch.heads_at_once;
-    const int group_heads = min(scratch.heads_at_once, heads - first_head);
-    const int within = index - group * tiles_per_group;
-    const int head = first_head + within % group_heads;
-    block = within / group_heads;
-    if (last_first(p)) block = scratch.tiles_per_head - 1 - block;
-    batch = head / p.heads_kv;
-    head_kv = head % p.heads_kv;
+    const HeadTile at(scratch, index, p.batch * p.heads_kv, scratch.tiles_per_head);
+    block = last_first(p) ? scratch.tiles_per_head - 1 - at.tile : at.tile;
+    batch = at.head / p.heads_kv;
+    head_kv = at.head % p.heads_kv;
   }
 
   // Deterministic causal sums start at the diagonal, where no CTA waits for another.
