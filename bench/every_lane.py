@@ -17,6 +17,7 @@ from bench.variants import Variant
 _BACKWARD, _KEYS = "v3_hopper/backward.cuh", "v3_hopper/backward_keys.cuh"
 _QUERIES, _LOAD = "v3_hopper/backward_queries.cuh", "v3_hopper/load_backward.cuh"
 _NARROW = "v3_hopper/narrow_backward.cuh"
+_CONSUMER = "v3_hopper/consumer_backward.cuh"
 _ONE, _EVERY = "if (threadIdx.x % 32 == 0) barrier.arrive();", "barrier.arrive();"
 _WARPS, _LANES = "kWarps = Traits::kConsumers * 4;", "kWarps = Traits::kConsumers * 128;"
 _MEET = "named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);\n"
@@ -30,7 +31,7 @@ def _crosswise(arrives: str, waits: str, then: str) -> tuple[str, str, str]:
 
 
 EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
-    (_BACKWARD, _ONE, _EVERY),
+    (_CONSUMER, _ONE, _EVERY),
     (_QUERIES, _ONE, _EVERY),
     (_BACKWARD, _WARPS, _LANES),
     (_QUERIES, _WARPS, _LANES),

@@ -15,7 +15,7 @@ namespace flash::v3 {
 
 // Bytes of scratch memory in the order of its parts, each 256-byte aligned.
 struct ScratchLayout {
-  int64_t blocks, dq, stats, turns;  // behind the turns: the next tile
+  int64_t blocks, dq, stats, turns;  // behind the turns: the next tile, heads done
 
   ScratchLayout(const Problem& p, int dim, bool varlen) {
     const int64_t uniform = p.batch * blocks_of(p.seqlen_q);
@@ -23,7 +23,8 @@ struct ScratchLayout {
     blocks = varlen ? packed : uniform;
     dq = p.heads_q * blocks * kGradientRows * dim * int64_t(sizeof(float));
     stats = p.heads_q * blocks * kGradientRows * int64_t(sizeof(float));
-    turns = ((p.heads_q * blocks * 2 + 1) * int64_t(sizeof(int)) + 255) / 256 * 256;
+    const int64_t heads = int64_t(p.batch) * p.heads_kv;
+    turns = ((p.heads_q * blocks * 2 + 1 + heads) * int64_t(sizeof(int)) + 255) / 256 * 256;
   }
   int64_t bytes() const { return dq + 2 * stats + turns; }
 };
@@ -62,8 +63,11 @@ inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
   scratch.delta = reinterpret_cast<float*>(base + layout.dq + layout.stats);
   scratch.turn = reinterpret_cast<int*>(base + layout.dq + 2 * layout.stats);
   scratch.next_tile = scratch.turn + p.heads_q * layout.blocks * 2;
+  scratch.done = scratch.next_tile + 1;
   scratch.blocks = layout.blocks;
   scratch.tiles_per_head = (p.seqlen_k + block_kv - 1) / block_kv;
+  scratch.shares = 0;
+  scratch.tiles = scratch.tiles_per_head * p.heads_kv * p.batch;
   scratch.heads_at_once = heads_at_once(p, scratch.tiles_per_head);
   return scratch;
 }
@@ -93,7 +97,20 @@ cudaError_t make_backward_maps(BackwardMaps& maps, const BackwardParams& p, int 
   return status;
 }
 
-// 65 to 128 dims: one kernel for all gradients, between two short ones.
+// Shares of dQ that the kernel of key tiles rounds itself, all or none: where all tiles are alike
+// and the last ones leave multiprocessors idle for long enough. A block takes a quarter of a step.
+inline int shares_of_dq(const BackwardParams& p, const Scratch& scratch) {
+  const bool alike = p.window_left == kUnlimited && p.window_right == kUnlimited &&
+                     p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr;
+  const int grid = multiprocessors();
+  const int64_t idle = (grid - scratch.tiles % grid) % grid;
+  const int64_t heads = int64_t(p.batch) * p.heads_kv;
+  return alike && 4 * idle >= heads ? shares_per_head(p) * int(heads) : 0;
+}
+
+inline constexpr int kLongFullRows = 2048;  // from here on the order of a full step pays
+
+// 65 to 128 dims: one kernel for all gradients, between two short ones; or none behind it.
 template <class Traits>
 cudaError_t launch_medium(const BackwardParams& p) {
   using Element = typename Traits::Element;
@@ -101,17 +118,18 @@ cudaError_t launch_medium(const BackwardParams& p) {
   cudaError_t status = make_backward_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockKV);
   if (status != cudaSuccess) return status;
   constexpr int kDim = Traits::kPaddedDim;
-  const Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
+  Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
+  if (Traits::kFull) scratch.shares = shares_of_dq(p, scratch);
   const dim3 rows = row_blocks(p);
-  const dim3 tiles(scratch.tiles_per_head * p.heads_kv * p.batch);
+  const dim3 grid(scratch.tiles + scratch.shares);
   if (rows.x > 0) {
     status = launch(prepare_rows<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
   }
-  if (status == cudaSuccess && tiles.x > 0) {
-    status = launch(backward<Traits>, tiles, Traits::kThreads, Traits::kSharedBytes, p.stream, p,
+  if (status == cudaSuccess && grid.x > 0) {
+    status = launch(backward<Traits>, grid, Traits::kThreads, Traits::kSharedBytes, p.stream, p,
                     maps, scratch);
   }
-  if (status == cudaSuccess && rows.x > 0) {
+  if (status == cudaSuccess && rows.x > 0 && scratch.shares == 0) {
     status = launch(round_dq<Element, kDim, false>, rows, kRowThreads, 0, p.stream, p, scratch);
   }
   return status;
@@ -190,8 +208,11 @@ cudaError_t launch_backward(const BackwardParams& p) {
     return p.softcap > 0.0f ? launch_narrow<NarrowTraits<Instance, true>>(p)
                             : launch_narrow<NarrowTraits<Instance, false>>(p);
   } else {
-    return p.softcap > 0.0f ? launch_medium<BackwardTraits<Instance, true>>(p)
-                            : launch_medium<BackwardTraits<Instance, false>>(p);
+    if (p.softcap > 0.0f) return launch_medium<BackwardTraits<Instance, true>>(p);
+    const bool full = p.window_left == kUnlimited && p.window_right == kUnlimited;
+    return full && p.seqlen_q >= kLongFullRows
+               ? launch_medium<BackwardTraits<Instance, false, true>>(p)
+               : launch_medium<BackwardTraits<Instance, false>>(p);
   }
 }
 

@@ -17,12 +17,14 @@ struct RowBlock {
   int64_t index;  // of the block, all heads counted
   bool sees_keys;
 
-  __device__ __forceinline__ RowBlock(const BackwardParams& p, const Scratch& scratch) {
-    // One dimension of the grid; heads vary first, since their rows mostly lie side by side.
-    const int blocks = int(blocks_of(p.seqlen_q));
-    head = blockIdx.x % p.heads_q;
-    const int block = blockIdx.x / p.heads_q % blocks;
-    batch = blockIdx.x / p.heads_q / blocks;
+  // One dimension of the grid; heads vary first, since their rows mostly lie side by side.
+  __device__ __forceinline__ RowBlock(const BackwardParams& p, const Scratch& scratch)
+      : RowBlock(p, scratch, blockIdx.x / p.heads_q / int(blocks_of(p.seqlen_q)),
+                 blockIdx.x % p.heads_q, blockIdx.x / p.heads_q % int(blocks_of(p.seqlen_q))) {}
+
+  __device__ __forceinline__ RowBlock(const BackwardParams& p, const Scratch& scratch, int batch,
+                                      int head, int block)
+      : batch(batch), head(head) {
     const Sequence sequence(p, batch);
     row = block * kGradientRows;
     rows = min(kGradientRows, sequence.seqlen_q - row);
@@ -69,6 +71,10 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows(
   constexpr int kLanes = kDim <= 64 ? 8 : kDim <= 128 ? 16 : 32;  // per row
   if (kSumsDQ && blockIdx.x == 0 && threadIdx.x == 0) *scratch.next_tile = 0;
   const RowBlock block(p, scratch);
+  const int group = p.heads_q / p.heads_kv;
+  if (kSumsDQ && block.row == 0 && block.head % group == 0 && threadIdx.x == 0) {
+    scratch.done[block.batch * p.heads_kv + block.head / group] = 0;
+  }
   if (block.rows <= 0) return;
   const int lane = threadIdx.x % kLanes;
   const Element* out = block.of<const Element>(p.o);

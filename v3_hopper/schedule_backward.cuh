@@ -14,8 +14,11 @@ struct Scratch {
   float* delta;        // likewise, dLSE - rowsum(dO * O)
   int* turn;           // (heads_q, blocks, 2): contributions so far
   int* next_tile;      // of key tiles, what no CTA has taken yet
+  int* done;           // (batch, heads_kv): key tiles whose adds to dQ are done, by each adder
   int64_t blocks;      // per head, in all sequences
   int tiles_per_head;  // key blocks of the longest sequence
+  int tiles;           // of all heads
+  int shares;          // of dQ that CTAs behind the tiles round; 0: another kernel does
   int heads_at_once;   // heads whose tiles are launched together, longest first
 };
 

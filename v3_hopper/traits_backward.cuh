@@ -20,10 +20,12 @@ __device__ __forceinline__ Shared* align_shared(uint8_t* memory) {
 }
 
 // One CTA owns 64 keys per consumer warpgroup and meets every block of query rows that sees them.
-template <class I, bool kHasSoftcap>
+// `kIsFull`: the order of products for long rows without a mask.
+template <class I, bool kHasSoftcap, bool kIsFull = false>
 struct BackwardTraits {
   using Element = typename I::Element;
   static constexpr bool kSoftcap = kHasSoftcap;
+  static constexpr bool kFull = kIsFull;
   static constexpr int kHeadDim = I::kHeadDim;
   static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
   static constexpr int kPaddedDim = kChunks * kChunkColumns;
