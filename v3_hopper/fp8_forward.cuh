@@ -21,8 +21,7 @@ struct Consumer {
   Pipes<Traits> pipe = {shared, consumer};
   float rO[Traits::kHeadDimV / 2];    // (64, dv), in units of the last block of V
   uint32_t rP[Traits::kBlockKV / 8];  // (64, kBlockKV), e4m3
-  RowState state;
-  float correction[2];
+  RowState<Traits::kLean> state;
   float to_log2;  // of Q K^T as stored, without the scale of K
 
   // First row of this warpgroup and of this thread inside a tile.
@@ -45,10 +44,12 @@ struct Consumer {
 
   // P of one block. The tensor cores are this warpgroup's from its P V to its next S; its softmax
   // runs under the others' turns.
-  __device__ __forceinline__ void scores(const Work& work, int key, bool boundary, bool last) {
+  __device__ __forceinline__ bool scores(const Work& work, int block, bool boundary, bool last) {
     float rS[Traits::kBlockKV / 2];  // (64, kBlockKV)
     pipe.wait_k();
-    float factor = to_log2 * pipe.scales().k;
+    const Course& course = shared.course[consumer];
+    if (Traits::kLean) last = block == course.last;
+    float factor = (Traits::kLean ? course.to_log2 : to_log2) * pipe.scales().k;
     const float v_ratio = pipe.scales().v_ratio;
     gemm_qk<Traits>(rS, pipe.tile_q(), pipe.tile_k());
     pipe.give_turn();
@@ -61,13 +62,16 @@ struct Consumer {
       feature<Traits>(rS, args.p.softcap, factor);
       factor = 1.0f;
     }
-    if (boundary) mask<Traits>(rS, work.sequence, work.row + thread_row(), key);
-    update<Traits>(rS, state, correction, factor);
-    change_units(state, correction, v_ratio);
+    if (boundary) {
+      mask<Traits>(rS, work.sequence, work.row + thread_row(), block * Traits::kBlockKV);
+    }
+    update<Traits>(rS, state, rO, factor);
+    change_units(state, v_ratio);
     exponentials<Traits>(rP, rS, state, factor);
     pipe.wait_v();
     pin(rP);
     pipe.take_turn();
+    return last;
   }
 
   // O and the row sums of one block; in parts, with as many in flight as there are registers for.
@@ -82,11 +86,11 @@ struct Consumer {
       gemm_pv<Traits, kPart, kPart>(odd, rP, sV);
       wgmma_wait<1>();
       pin(before);
-      promote<0, kPart>(rO, before, correction);
+      promote<0, kPart>(rO, before, state.correction);
       gemm_pv<Traits, 2 * kPart, kPart>(before, rP, sV);
       wgmma_wait<1>();
       pin(odd);
-      promote<kPart, kPart>(rO, odd, correction);
+      promote<kPart, kPart>(rO, odd, state.correction);
     } else if constexpr (Traits::kPartsV == 2) {
       gemm_pv<Traits, 0, kPart>(before, rP, sV);
     }
@@ -95,14 +99,13 @@ struct Consumer {
     if constexpr (Traits::kPartsV > 1) {
       wgmma_wait<1>();
       pin(before);
-      promote<kLast - kPart, kPart>(rO, before, correction);
+      promote<kLast - kPart, kPart>(rO, before, state.correction);
     }
     wgmma_wait<0>();
     pin(last);
     pipe.release_v();
-    promote<kLast, kPart>(rO, last, correction);
-    state.row_sum[0] += last[kPart / 2];  // the column behind V: the first thread's of a quad
-    state.row_sum[1] += last[kPart / 2 + 2];
+    promote<kLast, kPart>(rO, last, state.correction);
+    add_sums(state, last[kPart / 2], last[kPart / 2 + 2]);
   }
 
   __device__ __forceinline__ void finish(const Work& work) {
@@ -126,19 +129,33 @@ struct Consumer {
       const float q_descale = descale_of(args.p.q_descale, work.index, scaled_row, work.head_kv);
       to_log2 = args.p.scale * kLog2E * q_descale;
       const Range blocks = key_blocks<Traits>(work), keys = work.sequence.keys(row, kGroupRows);
-      const int first = max(keys.begin / Traits::kBlockKV, blocks.begin);
+      const int above = max(keys.begin / Traits::kBlockKV, blocks.begin);
+      const int first = Traits::kLean ? min(above, blocks.end) : above;
       const int end = max(ceil_div(keys.end, Traits::kBlockKV), first);
       const Range unmasked = unmasked_blocks<Traits>(work.sequence, row);
+      if (Traits::kLean && threadIdx.x % kGroupThreads == 0) {
+        shared.course[consumer] = {first, to_log2};
+      }
       clear(rO);
-      state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+      state = {{-INFINITY, -INFINITY}, {}, {}};
       pipe.wait_q();
       pipe.take_turn();
       for (int block = blocks.end - end; block > 0; --block) skip();
-      for (int block = end - 1; block >= first; --block) {
-        scores(work, block * Traits::kBlockKV, !unmasked.holds(block), block == first);
-        accumulate();
+      if constexpr (Traits::kLean) {
+        if (first == end) pipe.release_q();
+        int block = end;
+        for (bool last = first == end; !last;) {
+          --block;
+          last = scores(work, block, !unmasked.holds(block), block == first);
+          accumulate();
+        }
+      } else {
+        for (int block = end - 1; block >= first; --block) {
+          scores(work, block, !unmasked.holds(block), block == first);
+          accumulate();
+        }
+        if (first == end) pipe.release_q();
       }
-      if (first == end) pipe.release_q();
       for (int block = first - blocks.begin; block > 0; --block) skip();
       pipe.give_turn();
       finish(work);

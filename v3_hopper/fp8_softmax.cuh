@@ -12,10 +12,18 @@ inline constexpr float kLog2E = 1.4426950408889634f;
 // than the slack: 2^8.8 = 446 of 448.
 inline constexpr float kLiftLog2 = 7.0f, kSlackLog2 = 1.8f;
 
-// A thread holds parts of two rows, 8 apart; the four threads of a quad share them.
+// A thread holds parts of two rows, 8 apart; the four threads of a quad share them. Lean: O is
+// taken to a new reference at once, and even threads have the sum of the first row, odd ones that
+// of the second.
+template <bool kLean>
 struct RowState {
   float row_max[2];  // reference of the exponentials: of the scaled scores, times log2(e)
-  float row_sum[2];  // of P as rounded; whole in the first thread of a quad, others hold zeros
+  float row_sum[kLean ? 1 : 2];     // of P as rounded
+  float correction[kLean ? 1 : 2];  // takes O to the new reference and to units of the new V
+
+  __device__ __forceinline__ static float pick(float first, float second) {
+    return threadIdx.x % 2 ? second : first;
+  }
 };
 
 // Softcap and scales that are not positive; afterwards S is a score times log2(e).
@@ -36,11 +44,12 @@ __device__ __forceinline__ void feature(float (&s)[Traits::kBlockKV / 2], float 
 }
 
 // Raises the references where a score, S * to_log2, exceeds them by the slack, which is rare. What
-// was summed before has to be multiplied by `correction`. A row depends on its own scores alone, so
-// that its bits are the same whatever its neighbours are.
+// was summed before has to be multiplied by the correction; lean: it has been. A row depends on its
+// own scores alone, so that its bits are the same whatever its neighbours are.
 template <class Traits>
-__device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2], RowState& state,
-                                       float (&correction)[2], float to_log2) {
+__device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2],
+                                       RowState<Traits::kLean>& state,
+                                       float (&o)[Traits::kHeadDimV / 2], float to_log2) {
   float chain[2][2] = {{s[0], s[1]}, {s[2], s[3]}};  // two for each row
 #pragma unroll
   for (int i = 4; i < Traits::kBlockKV / 2; ++i) {
@@ -52,9 +61,10 @@ __device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2], R
   for (int half = 0; half < 2; ++half) {
     highest[half] = fmaxf(chain[half][0], chain[half][1]) * to_log2;
     risen |= highest[half] > state.row_max[half] + kSlackLog2;
-    correction[half] = 1.0f;
+    if constexpr (!Traits::kLean) state.correction[half] = 1.0f;
   }
   if (!__any_sync(~0u, risen)) return;
+  float correction[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float& found = highest[half];
@@ -63,6 +73,38 @@ __device__ __forceinline__ void update(const float (&s)[Traits::kBlockKV / 2], R
     if (!(found > state.row_max[half] + kSlackLog2)) found = state.row_max[half];
     correction[half] = fast_exp2(state.row_max[half] - (found == -INFINITY ? 0.0f : found));
     state.row_max[half] = found;
+  }
+  if constexpr (Traits::kLean) {
+    state.row_sum[0] *= state.pick(correction[0], correction[1]);
+    rescale<Traits>(o, correction);
+  } else {
+    state.correction[0] = correction[0];
+    state.correction[1] = correction[1];
+  }
+}
+
+// Makes the correction what takes O to units of the new block of V, too.
+template <bool kLean>
+__device__ __forceinline__ void change_units(RowState<kLean>& state, float v_ratio) {
+  if constexpr (kLean) {
+    state.correction[0] = v_ratio;
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      state.row_sum[half] *= state.correction[half];
+      state.correction[half] *= v_ratio;
+    }
+  }
+}
+
+// Adds what the columns behind V hold of the two rows.
+template <bool kLean>
+__device__ __forceinline__ void add_sums(RowState<kLean>& state, float first, float second) {
+  if constexpr (kLean) {
+    state.row_sum[0] += state.pick(first, second);
+  } else {
+    state.row_sum[0] += first;
+    state.row_sum[1] += second;
   }
 }
 
@@ -82,7 +124,7 @@ __device__ __forceinline__ uint32_t pack_four(float a, float b, float c, float d
 template <class Traits>
 __device__ __forceinline__ void exponentials(uint32_t (&p)[Traits::kBlockKV / 8],
                                              float (&s)[Traits::kBlockKV / 2],
-                                             const RowState& state, float to_log2) {
+                                             const RowState<Traits::kLean>& state, float to_log2) {
   float offset[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -99,35 +141,27 @@ __device__ __forceinline__ void exponentials(uint32_t (&p)[Traits::kBlockKV / 8]
   }
 }
 
-// The factor that takes O to the new maximum and to units of the new block of V.
-__device__ __forceinline__ void change_units(RowState& state, float (&correction)[2],
-                                             float v_ratio) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    state.row_sum[half] *= correction[half];
-    correction[half] *= v_ratio;
-  }
-}
-
 // O = O * correction + P V: the second level of accumulation. Columns from kFirst on.
-template <int kFirst, int kColumns, int kAll, int kPart>
+template <int kFirst, int kColumns, int kAll, int kPart, int kRows>
 __device__ __forceinline__ void promote(float (&o)[kAll], const float (&part)[kPart],
-                                        const float (&correction)[2]) {
+                                        const float (&correction)[kRows]) {
 #pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) {
-    o[kFirst / 2 + i] = fmaf(o[kFirst / 2 + i], correction[i / 2 % 2], part[i]);
+    o[kFirst / 2 + i] = fmaf(o[kFirst / 2 + i], correction[i / 2 % kRows], part[i]);
   }
 }
 
 // O / row_sum; lse becomes the natural log-sum-exp, -inf for a row that saw nothing.
 template <class Traits>
-__device__ __forceinline__ void normalize(float (&o)[Traits::kHeadDimV / 2], RowState& state,
-                                          float (&lse)[2], float units) {
+__device__ __forceinline__ void normalize(float (&o)[Traits::kHeadDimV / 2],
+                                          RowState<Traits::kLean>& state, float (&lse)[2],
+                                          float units) {
   constexpr float kLn2 = 0.6931471805599453f;
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float sum = __shfl_sync(~0u, state.row_sum[half], threadIdx.x % kWarp & ~3);
+    const int owner = (threadIdx.x % kWarp & ~3) + (Traits::kLean ? half : 0);
+    const float sum = __shfl_sync(~0u, state.row_sum[Traits::kLean ? 0 : half], owner);
     inverse[half] = sum == 0.0f ? 0.0f : __fdividef(units, sum);
     lse[half] = sum == 0.0f ? -INFINITY : (state.row_max[half] - kLiftLog2 + __log2f(sum)) * kLn2;
   }

@@ -1,5 +1,5 @@
 // The constants of the FP8 kernel: V passes through shared memory twice, as it comes and transposed
-// with a row of ones below it, so that P V also gives the row sums.
+// with rows of ones below it, so that P V also gives the row sums.
 #pragma once
 
 #include "v3_hopper/traits.cuh"
@@ -16,6 +16,10 @@ struct Tuning {
   static constexpr int kConsumers = 3, kStages = 4, kStagesRaw = 2, kStagesQ = 2;
 };
 template <>
+struct Tuning<64> {
+  static constexpr int kConsumers = 4, kStages = 4, kStagesRaw = 2, kStagesQ = 2;
+};
+template <>
 struct Tuning<256> {
   static constexpr int kConsumers = 2, kStages = 2, kStagesRaw = 2, kStagesQ = 1;
 };
@@ -28,6 +32,13 @@ enum class Care : int { kNone, kLook, kClean, kEnd };
 // before in units of this one's.
 struct BlockScales {
   float k, v, v_ratio;
+};
+
+// What a lean consumer reads of its tile rather than keeps it: the block that it visits last, and
+// what takes Q K^T to logarithms, but for the scale of K.
+struct Course {
+  int last;
+  float to_log2;
 };
 
 // What the loading warp tells the transposing warps of a tile of V.
@@ -45,7 +56,8 @@ struct Traits {
   static constexpr bool kFeatured = kFeaturedScores;  // softcap, or a scale that is not positive
   static constexpr int kHeadDim = Instance::kHeadDim;
   static constexpr int kHeadDimV = Instance::kHeadDimV;
-  static constexpr int kConsumers = Tuned::kConsumers;
+  // Four consumers leave no registers for features.
+  static constexpr int kConsumers = kFeatured && Tuned::kConsumers > 3 ? 3 : Tuned::kConsumers;
   static constexpr int kBlockQ = kConsumers * kGroupRows;
   static constexpr int kBlockKV = 128;
   static constexpr int kStages = Tuned::kStages;
@@ -53,8 +65,9 @@ struct Traits {
   static constexpr int kStagesQ = Tuned::kStagesQ;
   static constexpr bool kFolds = false;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static constexpr bool kLean = kConsumers > 3;  // a consumer has few registers
+  static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kLean ? 112 : kConsumers == 3 ? 160 : 232;
   static_assert(registers_fit(kConsumers, kProducerRegisters, kConsumerRegisters));
 
   // P V is computed kPartV columns at a time, and the last part has 8 more for the row sums.
@@ -89,6 +102,7 @@ struct Traits {
     Barrier k_full[kStages], k_empty[kStages];
     Barrier raw_full[kStagesRaw], raw_empty[kStagesRaw];
     Barrier v_full[kStages], v_empty[kStages];
+    Course course[kLean ? kConsumers : 1];
   };
 };
 

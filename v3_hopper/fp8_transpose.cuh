@@ -7,7 +7,7 @@
 
 namespace flash::v3::fp8 {
 
-// The rows below V, read as columns of P V: the first one gives the sums of P. All threads.
+// The rows below V, read as columns of P V: they give the sums of P. All threads.
 template <class Traits>
 __device__ __forceinline__ void write_ones(typename Traits::Shared& shared) {
   constexpr int kWords = Traits::kSumColumns * kChunkBytes / 4, kRowWords = kChunkBytes / 4;
@@ -15,7 +15,7 @@ __device__ __forceinline__ void write_ones(typename Traits::Shared& shared) {
   for (int i = threadIdx.x; i < Traits::kStages * kWords; i += Traits::kThreads) {
     auto* rows =
         reinterpret_cast<uint32_t*>(shared.v[i / kWords] + Traits::kHeadDimV * kChunkBytes);
-    rows[i % kWords] = i % kWords < kRowWords ? kOnes : 0u;
+    rows[i % kWords] = Traits::kLean || i % kWords < kRowWords ? kOnes : 0u;
   }
   fence_async_proxy();
 }
