@@ -149,17 +149,18 @@ def gaps(folder: Path, tools: tuple[str, ...]) -> list[str]:
 def reached(folder: Path, tools: tuple[str, ...] = TOOLS) -> str:
     """The README's limits: of which kernels, as they are now, there are proofs."""
     parts = []
-    for what, verb, seen in (
-        ("compute-sanitizer", "has", lambda v: set.intersection(
-            *(seen_by(folder, tool, v) for tool in tools))),
-        ("The thousands of repeated runs", "have", lambda v: replayed(folder, v)),
+    for what, verb, how, seen in (
+        ("compute-sanitizer", "has", f" with all its {len(tools)} tools to the end",
+         lambda v: set.intersection(*(seen_by(folder, tool, v) for tool in tools))),
+        ("The thousands of repeated runs", "have", "", lambda v: replayed(folder, v)),
     ):  # fmt: skip
         counts = {v: (len(seen(v) & listed(v)), len(listed(v))) for v in digest.VERSIONS}
         whole = [f"`{v}`" for v, (some, every) in counts.items() if some == every]
         partly = [f"{some or 'none'} of {every} of `{v}`" for v, (some, every) in counts.items()
                   if some < every]  # fmt: skip
         every_one = [f"every kernel of {' and '.join(whole)}"] if whole else []
-        parts.append(f"{what} {verb} seen {', '.join([*every_one, *partly])} as they are now.")
+        kernels = ", ".join([*every_one, *partly])
+        parts.append(f"{what} {verb} seen {kernels} as they are now{how}.")
     return " ".join(parts)
 
 
