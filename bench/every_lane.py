@@ -18,6 +18,7 @@ _BACKWARD, _KEYS = "v3_hopper/backward.cuh", "v3_hopper/backward_keys.cuh"
 _QUERIES, _LOAD = "v3_hopper/backward_queries.cuh", "v3_hopper/load_backward.cuh"
 _NARROW = "v3_hopper/narrow_backward.cuh"
 _CONSUMER = "v3_hopper/consumer_backward.cuh"
+_PIPE, _PRODUCE, _GUARD = (f"v3_hopper/{name}.cuh" for name in ("pipe", "load", "guard"))
 _ONE, _EVERY = "if (threadIdx.x % 32 == 0) barrier.arrive();", "barrier.arrive();"
 _WARPS, _LANES = "kWarps = Traits::kConsumers * 4;", "kWarps = Traits::kConsumers * 128;"
 _MEET = "named_sync(kKeysRead, KeyConsumer<Traits>::kThreads);\n"
@@ -31,6 +32,11 @@ def _crosswise(arrives: str, waits: str, then: str) -> tuple[str, str, str]:
 
 
 EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
+    (_PIPE, "init(Traits::kWorkReaders);",
+     "init(128 * Traits::kConsumers + 32 * (kGuardWarps + 1));"),
+    (_PIPE, "if (leader()) shared.work_empty", "shared.work_empty"),
+    (_PRODUCE, "if (threadIdx.x == 0) shared.work_empty", "shared.work_empty"),
+    (_GUARD, "if (leader) shared.work_empty", "shared.work_empty"),
     (_CONSUMER, _ONE, _EVERY),
     (_QUERIES, _ONE, _EVERY),
     (_BACKWARD, _WARPS, _LANES),
@@ -52,6 +58,8 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     ("v3_hopper/traits_backward.cuh", "kKeysRead = 2,", "kKeysRead = 2, kValuesRead = 15,"),
     _crosswise("kKeysRead", "kValuesRead", "    self.stage(shared.v,"),
     _crosswise("kValuesRead", "kKeysRead", "    self.stage(shared.k,"),
+    ("v3_hopper/fp8_load.cuh", "work_empty[i].init(Traits", "work_empty[i].init(128 * Traits"),
+    ("v3_hopper/fp8_pipe.cuh", "if (leader()) shared.work_empty", "shared.work_empty"),
     ("v3_hopper/fp8_load.cuh", ".init(kTransposers);", ".init(32 * kTransposers);"),
     ("v3_hopper/fp8_transpose.cuh",
      "      shared.v_full[tile.slot<Traits::kStages>()].arrive();\n"

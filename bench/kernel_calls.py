@@ -61,6 +61,7 @@ SMALL = (
     Shape("packed, long", (1100, 30, 70), (90, 20, 100), packed=True, options={"causal": True}),
 )  # fmt: skip
 LONG = Shape("long", (8200,), (70,), heads=32, heads_kv=1)  # v3's tiles of long sequences
+ROUNDS = Shape("many rounds", (500,), (70,), heads=340, heads_kv=1)  # each CTA has 5 tiles or more
 QUANTIZED = tuple(Shape(f"scale per {name}", options={"granularity": name})
                   for name in ("tensor", "head"))  # fmt: skip
 DETERMINISTIC = replace(SMALL[1], name="causal, deterministic",
@@ -81,13 +82,14 @@ def has_long_tiles(kernel: Kernel) -> bool:
 
 def shapes(kernel: Kernel) -> tuple[Shape, ...]:
     """fp16 kernels are those of bf16 but for the type: fewer shapes."""
+    rounds = (ROUNDS,) if kernel.version == "v3_hopper" and not kernel.direction else ()
     if kernel.code == FP16:
         return SMALL[1:3] + SMALL[4:5]
     if kernel.code == E4M3:
-        return (*SMALL, *QUANTIZED)
+        return (*SMALL, *rounds, *QUANTIZED)
     if has_long_tiles(kernel):
-        return (*SMALL, LONG)
-    return (*SMALL, DETERMINISTIC) if kernel.direction else SMALL
+        return (*SMALL, *rounds, LONG)
+    return (*SMALL, DETERMINISTIC) if kernel.direction else (*SMALL, *rounds)
 
 
 class Call(NamedTuple):

@@ -147,6 +147,17 @@ def test_long_tiles_are_reached() -> None:
             assert any(s.heads * s.lengths_q[0] >= least[1] for s in rows)
 
 
+def test_descriptions_of_tiles_come_round() -> None:
+    """The sanitizer sees v3's forward kernels write a tile's description over an older one."""
+    slots = {int(n) for path in (digest.ROOT / "v3_hopper").glob("*traits.cuh")
+             for n in re.findall(r"kWorkSlots = (\d+);", path.read_text())}  # fmt: skip
+    for code, most_rows in ((1, 192), (3, 256)):
+        (shape,) = [s for s in kernel_calls.shapes(Kernel("v3_hopper", 0, code, 64, 64))
+                    if s.name == "many rounds"]  # fmt: skip
+        tiles = -(-shape.lengths_q[0] // most_rows) * shape.heads
+        assert tiles > 132 * max(slots)
+
+
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.direction], ids=str)
 def test_replays_of_the_backward_pass_are_deterministic(kernel: Kernel) -> None:
     assert all(shape.options["deterministic"] for shape in repeat.shapes(kernel))
