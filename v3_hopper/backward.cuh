@@ -60,7 +60,7 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   named_sync(kScoreGradientStored, KeyConsumer<Traits>::kThreads);  // dS of all keys is there
   if (shared.suspicious[slot]) self.remove_poison(slot);
   wgmma_begin();
-  gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
+  gemm_dq(r.dq, shared.ds[slot], shared.k[self.warpgroup]);
   wgmma_commit();
   gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot_q]);
   wgmma_commit();
@@ -108,7 +108,7 @@ __device__ __forceinline__ void take_full_step(const KeyConsumer<Traits>& self,
   named_sync(kScoreGradientStored, KeyConsumer<Traits>::kThreads);  // dS of all keys is there
   if (shared.suspicious[slot]) self.remove_poison(slot);
   wgmma_begin();
-  gemm_dq(r.dq, shared.ds[slot], shared.k, Traits::kColumnsDQ * self.warpgroup);
+  gemm_dq(r.dq, shared.ds[slot], shared.k[self.warpgroup]);
   wgmma_commit();
   wgmma_wait<1>();  // dV is there
   pin(r.p16);

@@ -103,8 +103,8 @@ template <class Traits>
 __device__ __forceinline__ void issue_scores(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                              const Ring<Traits::kStagesQ>& q) {
   wgmma_begin();
-  gemm_scores<Traits::kHeadDim>(r.s, self.shared.k, self.key, self.shared.q[q.slot],
-                                !Traits::kSoftcap);
+  gemm_scores<Traits::kHeadDim, Traits::kColumnsDQ>(r.s, self.shared.k, self.key,
+                                                    self.shared.q[q.slot], !Traits::kSoftcap);
   wgmma_commit();
 }
 

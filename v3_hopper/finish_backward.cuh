@@ -66,7 +66,7 @@ template <class Traits>
 __device__ __forceinline__ void finish_dq(const BackwardParams& p, const Scratch& scratch,
                                           int share, uint8_t* memory) {
   using Element = typename Traits::Element;
-  constexpr int kDim = Traits::kPaddedDim;
+  constexpr int kDim = Traits::kHeadDim;
   const int warpgroup = threadIdx.x / kWarpgroup;
   const int shares = shares_per_head(p);
   const int head = share / shares;  // of keys, in all batches

@@ -8,8 +8,9 @@ namespace flash::v3 {
 inline constexpr int kSlabBytes = 32;            // 16 elements of a row: one wgmma deep
 inline constexpr int kSlabRowsBytes = 16 * 128;  // 16 rows: one wgmma deep, operand transposed
 
-// Scores, either way round: D (64, N) = A (64 rows from `row`, dim) B^T (N rows, dim).
-template <int kDim, class Element, int kChunks, int kRowsA, int kRowsB>
+// Scores, either way round: D (64, N) = A (64 rows from `row`, dim) B^T (N rows, dim). Chunks of A
+// begin at every `kStepA`-th column.
+template <int kDim, int kStepA = kChunkColumns, class Element, int kChunks, int kRowsA, int kRowsB>
 __device__ __forceinline__ void gemm_scores(float (&d)[kRowsB / 2],
                                             const Element (&a)[kChunks][kRowsA][kChunkColumns],
                                             int row,
@@ -19,10 +20,10 @@ __device__ __forceinline__ void gemm_scores(float (&d)[kRowsB / 2],
   const uint64_t columns = descriptor_k(b[0]);
 #pragma unroll
   for (int i = 0; i < kDim / 16; ++i) {
-    const int chunk = i / 4;
-    const int within = i % 4 * kSlabBytes;
-    wgmma<kRowsB>::template ss<Element>(d, advance(rows, chunk * int(sizeof(a[0])) + within),
-                                        advance(columns, chunk * int(sizeof(b[0])) + within),
+    constexpr int kSlabsA = kStepA / 16;
+    const int at_a = i / kSlabsA * int(sizeof(a[0])) + i % kSlabsA * kSlabBytes;
+    const int at_b = i / 4 * int(sizeof(b[0])) + i % 4 * kSlabBytes;
+    wgmma<kRowsB>::template ss<Element>(d, advance(rows, at_a), advance(columns, at_b),
                                         accumulate || i > 0);
   }
 }
@@ -53,14 +54,12 @@ __device__ __forceinline__ void gemm_dk(float (&d)[N], const Element (&ds)[kKeys
   }
 }
 
-// dQ: D (64 rows, N columns from `column`) = dS (rows, all keys) K (all keys, columns).
-template <class Element, int N, int kChunks, int kKeys, int kRows>
+// dQ: D (64 rows, N columns) = dS (rows, all keys) K (all keys, N columns of one chunk).
+template <class Element, int N, int kKeys, int kRows>
 __device__ __forceinline__ void gemm_dq(float (&d)[N], const Element (&ds)[kKeys][kRows],
-                                        const Element (&k)[kChunks][kKeys][kChunkColumns],
-                                        int column) {
+                                        const Element (&k)[kKeys][kChunkColumns]) {
   const uint64_t rows = descriptor_mn(ds, 0);
-  const uint64_t columns =
-      descriptor_mn(&k[column / kChunkColumns][0][column % kChunkColumns], sizeof(k[0]));
+  const uint64_t columns = descriptor_mn(k, 0);
 #pragma unroll
   for (int i = 0; i < kKeys / 16; ++i) {
     wgmma<2 * N>::template ss<Element, Major::kMN, Major::kMN>(

@@ -117,7 +117,7 @@ cudaError_t launch_medium(const BackwardParams& p) {
   BackwardMaps maps;
   cudaError_t status = make_backward_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockKV);
   if (status != cudaSuccess) return status;
-  constexpr int kDim = Traits::kPaddedDim;
+  constexpr int kDim = Traits::kHeadDim;
   Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
   if (Traits::kFull) scratch.shares = shares_of_dq(p, scratch);
   const dim3 rows = row_blocks(p);
@@ -243,7 +243,7 @@ Plan plan_backward(const Problem& p) {
     return plan;
   } else {
     using Traits = BackwardTraits<Instance, false>;
-    return plan_of<Traits>(p, Traits::kPaddedDim);
+    return plan_of<Traits>(p, Traits::kHeadDim);
   }
 }
 

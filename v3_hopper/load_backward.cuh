@@ -56,9 +56,10 @@ struct Producer {
   const bool leader = elect_one();
   uint32_t landed = 0;  // parity of the barrier of tiles that are cleaned before use
 
-  // Loads one tile, chunk by chunk of 64 columns, with row statistics if there are any. What lies
-  // outside the rows `needed` belongs to no visible pair and may be NaN: it becomes zero.
-  template <class Tile>
+  // Loads one tile, chunks of 64 columns from every `kStep`-th on, with row statistics if there are
+  // any. What lies outside the rows `needed` belongs to no visible pair and may be NaN: it becomes
+  // zero.
+  template <int kStep = kChunkColumns, class Tile>
   __device__ __forceinline__ void load(Tile& tile, const CUtensorMap& map, Coordinate at,
                                        Barrier& full, Keep keep, int first, Range needed,
                                        float* stats = nullptr, const float* source = nullptr) {
@@ -71,7 +72,7 @@ struct Producer {
       arrived.arrive_expect(sizeof(Tile) + (stats == nullptr ? 0 : kStatBytes));
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; ++chunk) {
-        at.column = chunk * kChunkColumns;
+        at.column = chunk * kStep;
         load_box(tile[chunk], map, at, arrived, keep);
       }
       if (stats != nullptr) load_bulk(stats, source, kStatBytes, arrived);
@@ -101,7 +102,8 @@ __device__ __forceinline__ void produce(typename Traits::Shared& shared, const B
   const Range seen_keys = sequence.keys(0, sequence.seqlen_q);
   const Range seen_rows = sequence.rows(0, sequence.seqlen_k);
   const int64_t block0 = first_block(p, sequence, tile.batch);
-  self.load(shared.k, maps.k, keys, shared.k_full, Keep::kFirstOut, first_key, seen_keys);
+  self.template load<Traits::kColumnsDQ>(shared.k, maps.k, keys, shared.k_full, Keep::kFirstOut,
+                                         first_key, seen_keys);
   Ring<Traits::kStagesQ> q;
   Ring<Traits::kStagesDO> dout;
   for (bool first = true; step.valid(); first = false) {

@@ -39,7 +39,8 @@ struct BackwardTraits {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
   static_assert(registers_fit(kConsumers, kProducerRegisters, kConsumerRegisters));
-  static constexpr int kColumnsDQ = kPaddedDim / kConsumers;  // of dQ, per warpgroup
+  static constexpr int kColumnsDQ = kHeadDim / kConsumers;  // of dQ, per warpgroup
+  static_assert(kChunks == kConsumers, "each warpgroup's columns begin a chunk of K");
 
   using TileKV = Element[kChunks][kBlockKV][kChunkColumns];
   using TileQ = Element[kChunks][kBlockQ][kChunkColumns];
