@@ -53,16 +53,6 @@ struct NarrowConsumer {
     named_sync(kWarpgroupDone + warpgroup, kWarpgroup);
   }
 
-  // Keys that dQ would spread to rows that do not see them become zero.
-  __device__ __forceinline__ void remove_poison() const {
-    const Range rows = sequence.rows(first_key, 64);
-    if (sequence.all_visible(rows.begin, rows.end - rows.begin, first_key, 64)) return;
-    const bool found = find_non_finite(shared.k[slot], key, 64, kWarpgroup);
-    if (!any_at(kWarpgroupDone + warpgroup, kWarpgroup, found)) return;
-    remove_non_finite(shared.k[slot], key, 64, kWarpgroup, shared.poison);
-    meet();  // these keys are zero now
-  }
-
   // S^T starts at -LSE / scale, dP^T at -delta.
   __device__ __forceinline__ void start_scores(Fragments& r,
                                                const NarrowRings<Traits>& ring) const {
@@ -170,13 +160,10 @@ struct NarrowConsumer {
 
   // dK and dV leave by way of the memory of K and V.
   __device__ __forceinline__ void store_gradients(Fragments& r, uint32_t parity) const {
-    spoil(r.dk, shared.poison, key + key_of_thread());
-    spoil(r.dv, shared.poison, key + key_of_thread());
     shared.keys_read[slot].wait(parity);
     stage_gradient(shared.v[slot], key, r.dv, 1.0f);
     stage_gradient(shared.k[slot], key, r.dk, p.scale);
     meet();  // all four warps have staged
-    if (threadIdx.x % kWarpgroup < 2) shared.poison[2 * warpgroup + threadIdx.x % kWarpgroup] = 0;
     store(shared.v[slot], p.dv, p.head_dim_v);
     store(shared.k[slot], p.dk, p.head_dim);
     fence_async_proxy();  // K and V of a later tile will be copied here
@@ -190,7 +177,6 @@ struct NarrowConsumer {
     pin(r.dv);
     if (steps > 0) {
       shared.k_full[slot].wait(parity);
-      remove_poison();
       shared.v_full[slot].wait(parity);
       begin(r, ring);
       for (int i = 0; i < steps - 1; ++i) take_step<false>(r, ring);
@@ -205,12 +191,14 @@ struct NarrowConsumer {
 // The warpgroup that multiplies dQ: it keeps K transposed in registers.
 template <class Traits>
 __device__ __forceinline__ void multiply_dq(typename Traits::Shared& shared,
-                                            NarrowRings<Traits>& ring, int steps, int slot) {
+                                            NarrowRings<Traits>& ring, int steps, int slot,
+                                            bool hides) {
   float dq[Traits::kBlockQ / 2];  // (dim, 64 rows)
   uint32_t k[Traits::kBlockKV / 4];
   if (steps > 0) {
-    shared.ds_full[ring.ds.slot].wait(ring.ds.parity);  // K is clean
+    shared.ds_full[ring.ds.slot].wait(ring.ds.parity);  // K is there
     load_transposed(k, shared.k[slot]);
+    if (hides) remove_non_finite<typename Traits::Element>(k);
     pin(k);
   }
   arrive_warp(shared.keys_read[slot]);
@@ -254,11 +242,15 @@ __global__ __launch_bounds__(Traits::kThreads,
     }
   } else if (warpgroup == Traits::kConsumers + 1) {
     shrink_registers<Traits::kSumRegisters>();
-    for_each_tile<Traits>(
-        shared, p, scratch,
-        [&](const KeyTile&, const Sequence&, const RowSteps& steps, int slot, uint32_t) {
-          multiply_dq<Traits>(shared, ring, steps.count(), slot);
-        });
+    for_each_tile<Traits>(shared, p, scratch,
+                          [&](const KeyTile& tile, const Sequence& sequence, const RowSteps& steps,
+                              int slot, uint32_t) {
+                            const int key = tile.block * Traits::kBlockKV;
+                            const Range rows = sequence.rows(key, Traits::kBlockKV);
+                            const bool hides = !sequence.all_visible(
+                                rows.begin, rows.end - rows.begin, key, Traits::kBlockKV);
+                            multiply_dq<Traits>(shared, ring, steps.count(), slot, hides);
+                          });
   } else {
     grow_registers<Traits::kConsumerRegisters>();
     const Exponent exponent(p);

@@ -62,6 +62,18 @@ __device__ __forceinline__ void remove_non_finite(Element (&tile)[kChunks][kRows
   fence_async_proxy();
 }
 
+// Keys as an operand in registers: elements that are not finite become zero.
+template <class Element, int N>
+__device__ __forceinline__ void remove_non_finite(uint32_t (&r)[N]) {
+  constexpr uint32_t kLow = kExponentBits<Element>;
+  constexpr uint32_t kHigh = kLow << 16;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if ((r[i] & kLow) == kLow) r[i] &= 0xffff0000u;
+    if ((r[i] & kHigh) == kHigh) r[i] &= 0x0000ffffu;
+  }
+}
+
 // The gradient of a key that was not finite is NaN: `key` and `key` + 8 are this thread's rows.
 template <int N>
 __device__ __forceinline__ void spoil(float (&d)[N], const uint32_t* poison, int key) {

@@ -42,9 +42,8 @@ struct NarrowTraits {
     float dq[kStagesDQ][kBlockQ * kPaddedDim];  // on its way to L2, in accumulator order
     float lse[kStagesQ][kBlockQ];
     float delta[kStagesDO][kBlockQ];
-    int row[kStagesQ];               // first row of the block in the slot
-    int tile[kTiles];                // number, or kNoMoreTiles after the last
-    uint32_t poison[kBlockKV / 32];  // a bit for every key that was not finite
+    int row[kStagesQ];  // first row of the block in the slot
+    int tile[kTiles];   // number, or kNoMoreTiles after the last
     Barrier tile_full[kTiles], tile_free[kTiles], keys_read[kTiles];
     Barrier k_full[kTiles], v_full[kTiles], landed;
     Barrier q_full[kStagesQ], q_free[kStagesQ];
@@ -54,7 +53,6 @@ struct NarrowTraits {
 
     __device__ __forceinline__ void init() {
       constexpr int kWarps = 4 * kConsumers;  // each arrives once
-      for (uint32_t& bits : poison) bits = 0;
       landed.init(1);
       for (int i = 0; i < kTiles; ++i) {
         tile_full[i].init(1);
