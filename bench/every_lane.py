@@ -60,6 +60,8 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     _crosswise("kValuesRead", "kKeysRead", "    self.stage(shared.k,"),
     ("v3_hopper/fp8_load.cuh", "work_empty[i].init(Traits", "work_empty[i].init(128 * Traits"),
     ("v3_hopper/fp8_pipe.cuh", "if (leader()) shared.work_empty", "shared.work_empty"),
+    ("v3_hopper/fp8_load.cuh", "kConsumers * kGroupWarps", "kConsumers * kGroupThreads"),
+    ("v3_hopper/fp8_pipe.cuh", "if (elect_one()) shared.k_empty", "shared.k_empty"),
     ("v3_hopper/fp8_load.cuh", ".init(kTransposers);", ".init(32 * kTransposers);"),
     ("v3_hopper/fp8_transpose.cuh",
      "      shared.v_full[tile.slot<Traits::kStages>()].arrive();\n"

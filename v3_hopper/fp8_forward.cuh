@@ -19,8 +19,9 @@ struct Consumer {
   typename Traits::Shared& shared;
   const int consumer;
   Pipes<Traits> pipe = {shared, consumer};
-  float rO[Traits::kHeadDimV / 2];    // (64, dv), in units of the last block of V
-  uint32_t rP[Traits::kBlockKV / 8];  // (64, kBlockKV), e4m3
+  using Scores = float[Traits::kBlockKV / 2];  // (64, kBlockKV)
+  float rO[Traits::kHeadDimV / 2];             // (64, dv), in units of the last block of V
+  uint32_t rP[Traits::kBlockKV / 8];           // (64, kBlockKV), e4m3
   RowState<Traits::kLean> state;
   float to_log2;  // of Q K^T as stored, without the scale of K
 
@@ -45,14 +46,24 @@ struct Consumer {
   // P of one block. The tensor cores are this warpgroup's from its P V to its next S; its softmax
   // runs under the others' turns.
   __device__ __forceinline__ bool scores(const Work& work, int block, bool boundary, bool last) {
-    float rS[Traits::kBlockKV / 2];  // (64, kBlockKV)
+    Scores rS;
     pipe.wait_k();
     const Course& course = shared.course[consumer];
     if (Traits::kLean) last = block == course.last;
-    float factor = (Traits::kLean ? course.to_log2 : to_log2) * pipe.scales().k;
+    const float factor = (Traits::kLean ? course.to_log2 : to_log2) * pipe.scales().k;
     const float v_ratio = pipe.scales().v_ratio;
+    begin_scores(rS);
+    soften(rS, work, block, boundary, last, factor, v_ratio);
+    return last;
+  }
+
+  __device__ __forceinline__ void begin_scores(Scores& rS) {
     gemm_qk<Traits>(rS, pipe.tile_q(), pipe.tile_k());
     pipe.give_turn();
+  }
+
+  __device__ __forceinline__ void soften(Scores& rS, const Work& work, int block, bool boundary,
+                                         bool last, float factor, float v_ratio) {
     wgmma_wait<0>();
     pin(rS);
     if (last) pipe.keep_units();
@@ -71,11 +82,12 @@ struct Consumer {
     pipe.wait_v();
     pin(rP);
     pipe.take_turn();
-    return last;
   }
 
   // O and the row sums of one block; in parts, with as many in flight as there are registers for.
-  __device__ __forceinline__ void accumulate() {
+  // V's slot is kept where O is to pass through it. Returns whether the next K was seen to be
+  // there.
+  __device__ __forceinline__ bool accumulate(bool keeps_v = false) {
     constexpr int kPart = Traits::kPartV, kLast = (Traits::kPartsV - 1) * kPart;
     constexpr int kWide = kPart + Traits::kSumColumns;
     const unsigned char* sV = pipe.tile_v();
@@ -101,25 +113,111 @@ struct Consumer {
       pin(before);
       promote<kLast - kPart, kPart>(rO, before, state.correction);
     }
+    const bool has_k = Traits::kStagesO && pipe.has_next_k();
     wgmma_wait<0>();
     pin(last);
-    pipe.release_v();
+    pipe.release_v(Traits::kStagesO && keeps_v);
     promote<kLast, kPart>(rO, last, state.correction);
     add_sums(state, last[kPart / 2], last[kPart / 2 + 2]);
+    return has_k;
   }
 
-  __device__ __forceinline__ void finish(const Work& work) {
+  // The blocks of a tile that this warpgroup's rows see, and how many others above and below are
+  // only for other rows.
+  struct Span {
+    int first, end, above, below;
+    // O leaves through the slot of V that was the last to be used by this warpgroup and by those
+    // that come after it.
+    __device__ __forceinline__ bool stages_o(int consumer) const {
+      return below == 0 && end - first >= Traits::kConsumers - consumer;
+    }
+  };
+  __device__ __forceinline__ Span span(const Work& work) const {
+    const Range blocks = key_blocks<Traits>(work);
+    const Range keys = work.sequence.keys(work.row + group_row(), kGroupRows);
+    const int first = max(keys.begin / Traits::kBlockKV, blocks.begin);
+    const int end = max(ceil_div(keys.end, Traits::kBlockKV), first);
+    return {first, end, blocks.end - end, first - blocks.begin};
+  }
+
+  // Returns whether O is still on its way through shared memory.
+  __device__ __forceinline__ bool finish(const Work& work) {
     float lse[2];
     normalize<Traits>(rO, state, lse, pipe.units());
-    store_state<Traits>(args, work, consumer, thread_row(), nullptr, rO, lse);
+    const bool staged = Traits::kStagesO && span(work).stages_o(consumer);
+    store_state<Traits>(args, work, consumer, thread_row(), staged ? pipe.tile_o() : nullptr, rO,
+                        lse);
     if (work.poisoned) {
       pipe.sync();  // all rows are written
       restore_poison<Traits>(args.p, work, work.row + group_row());
     }
     pipe.release_work();
+    return staged;
   }
 
-  __device__ __forceinline__ void run() {
+  // A new tile: nothing has been seen.
+  __device__ __forceinline__ void reset(const Work& work) {
+    const int row = min(work.row + group_row(), work.sequence.seqlen_q - 1);  // may have no rows
+    const float q_descale = descale_of(args.p.q_descale, work.index, row, work.head_kv);
+    to_log2 = args.p.scale * kLog2E * q_descale;
+    clear(rO);
+    state = {{-INFINITY, -INFINITY}, {}, {}};
+  }
+
+  // The tile before is finished; where O passes through a slot of V, that is given back.
+  __device__ __forceinline__ void finish_before(const Work& done) {
+    if (finish(done)) pipe.release_o();
+  }
+
+  // One tile. O of the tile before leaves under the first S.
+  __device__ __forceinline__ void run_tile(const Work& work, const Work* done) {
+    const Span at = span(work);
+    const Range unmasked = unmasked_blocks<Traits>(work.sequence, work.row + group_row());
+    if (done != nullptr && (at.above > 0 || at.first == at.end)) {
+      finish_before(*done);  // what is skipped needs the slot that O may hold
+      done = nullptr;
+    }
+    pipe.wait_q();
+    for (int i = at.above; i > 0; --i) skip();
+    if (at.first == at.end) {
+      reset(work);
+      pipe.release_q();
+    }
+    bool has_k = false;
+    for (int block = at.end - 1; block >= at.first; --block) {
+      Scores rS;
+      if (!has_k) pipe.wait_k();
+      begin_scores(rS);
+      if (block == at.end - 1) {
+        const bool staged = done != nullptr && finish(*done);
+        reset(work);
+        if (staged) pipe.release_o();
+      }
+      soften(rS, work, block, !unmasked.holds(block), block == at.first, to_log2 * pipe.scales().k,
+             pipe.scales().v_ratio);
+      const bool keeps_v = block == at.first + Traits::kConsumers - 1 - consumer;
+      has_k = accumulate(keeps_v && span(work).below == 0);
+    }
+    for (int i = span(work).below; i > 0; --i) skip();
+  }
+
+  // As run, for O that is staged: a tile's first S begins before O of the tile before leaves.
+  __device__ __forceinline__ void run_staged() {
+    pipe.first_turn();
+    const Work* done = nullptr;  // its O has not left yet
+    const Work* work = &pipe.wait_work();
+    if (work->head < 0) return;
+    pipe.take_turn();
+    while (work->head >= 0) {
+      run_tile(*work, done);
+      done = work;
+      work = &pipe.next_work();
+    }
+    pipe.give_turn();
+    finish_before(*done);
+  }
+
+  __device__ __forceinline__ void run_plain() {
     pipe.first_turn();
     for (;;) {
       const Work& work = pipe.wait_work();
@@ -159,6 +257,14 @@ struct Consumer {
       for (int block = first - blocks.begin; block > 0; --block) skip();
       pipe.give_turn();
       finish(work);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if constexpr (Traits::kStagesO) {
+      run_staged();
+    } else {
+      run_plain();
     }
   }
 };

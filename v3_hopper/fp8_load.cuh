@@ -20,7 +20,7 @@ __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     shared.k_full[i].init(2);  // the copy and the scale
-    shared.k_empty[i].init(Traits::kConsumers);
+    shared.k_empty[i].init(Traits::kConsumers * kGroupWarps);
     shared.v_full[i].init(kTransposers);
     shared.v_empty[i].init(Traits::kConsumers);
   }
@@ -106,8 +106,8 @@ struct Loader {
                                             int head, int batch, Barrier& full) const {
 #pragma unroll
     for (int chunk = 0; chunk < kChunkCount; ++chunk) {
-      load_box(tile + chunk * kRows * kChunkBytes, map,
-               {chunk * Traits::kChunkColumns, row, head, batch}, full);
+      load_box(tile + chunk * kRows * kChunkBytes, map, {chunk * kChunkBytes, row, head, batch},
+               full);
     }
   }
 };
@@ -134,8 +134,9 @@ __device__ __forceinline__ void produce(const Arguments& args, typename Traits::
     if (tile.head < 0) return load.end();
     const Range blocks = key_blocks<Traits>(work);
     load.load_k(work, blocks.end - 1, true);
-    load.load_q(work);
+    if constexpr (!Traits::kStagesO) load.load_q(work);
     load.load_v(work, blocks.end - 1);
+    if constexpr (Traits::kStagesO) load.load_q(work);  // its slot is the last to be free
     for (int j = blocks.end - 2; j >= blocks.begin; --j) {
       load.load_k(work, j, false);
       load.load_v(work, j);

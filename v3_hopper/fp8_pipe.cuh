@@ -6,8 +6,8 @@
 
 namespace flash::v3::fp8 {
 
-// Waits return once something has arrived; releases are one arrival per warpgroup, legal once the
-// GEMM that read the slot has been waited for.
+// Waits return once something has arrived; releases are one arrival per warpgroup (of K: per warp),
+// legal once the GEMM that read the slot has been waited for.
 template <class Traits>
 struct Pipes {
   typename Traits::Shared& shared;
@@ -19,11 +19,16 @@ struct Pipes {
     shared.work_full[slot].wait(tile.parity<Traits::kWorkSlots>());
     return shared.work[slot];
   }
-  // The tile is finished: its slot, and the next one's turn.
+  __device__ __forceinline__ const Work& next_work() {
+    ++tile.passed;
+    return wait_work();
+  }
+  // A tile is finished: this one, or where O leaves under the next tile's first S, the one before.
   __device__ __forceinline__ void release_work() {
     sync();  // every thread has read its last of it
-    if (leader()) shared.work_empty[tile.slot<Traits::kWorkSlots>()].arrive();
-    ++tile.passed;
+    const Counter done = {tile.passed - Traits::kStagesO};
+    if (leader()) shared.work_empty[done.slot<Traits::kWorkSlots>()].arrive();
+    if (!Traits::kStagesO) ++tile.passed;
   }
 
   __device__ __forceinline__ void wait_q() const {
@@ -37,6 +42,11 @@ struct Pipes {
   __device__ __forceinline__ void wait_k() const {
     shared.k_full[slot()].wait(block.parity<Traits::kStages>());
   }
+  // Looked at ahead of time: has the block after this one arrived?
+  __device__ __forceinline__ bool has_next_k() const {
+    const Counter next = {block.passed + 1};
+    return shared.k_full[next.slot<Traits::kStages>()].test(next.parity<Traits::kStages>());
+  }
   __device__ __forceinline__ const unsigned char* tile_k() const { return shared.k[slot()]; }
   __device__ __forceinline__ const BlockScales& scales() const { return shared.scales[slot()]; }
   // The scale of the tile's last block of V is O's at the end.
@@ -44,17 +54,28 @@ struct Pipes {
     if (leader()) shared.units[consumer] = scales().v;
   }
   __device__ __forceinline__ float units() const { return shared.units[consumer]; }
+  // By every warp, for each has read the scales.
   __device__ __forceinline__ void release_k() {
-    if (leader()) shared.k_empty[slot()].arrive();
+    __syncwarp();
+    if (elect_one()) shared.k_empty[slot()].arrive();
   }
 
   __device__ __forceinline__ void wait_v() const {
     shared.v_full[slot()].wait(block.parity<Traits::kStages>());
   }
   __device__ __forceinline__ const unsigned char* tile_v() const { return shared.v[slot()]; }
-  __device__ __forceinline__ void release_v() {
-    if (leader()) shared.v_empty[slot()].arrive();
+  __device__ __forceinline__ void release_v(bool keeps = false) {
+    if (leader() && !keeps) shared.v_empty[slot()].arrive();
     ++block.passed;
+  }
+
+  // Where O passes through on its way out: the last block's V for the last consumer, V of the block
+  // before for the one before, since all others have used it.
+  __device__ __forceinline__ unsigned char* tile_o() const { return shared.v[slot_o()]; }
+  __device__ __forceinline__ void release_o() const {
+    if (!leader()) return;
+    wait_stores_read<0>();
+    shared.v_empty[slot_o()].arrive();
   }
 
   // Consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of
@@ -74,6 +95,9 @@ struct Pipes {
 
  private:
   __device__ __forceinline__ int slot_q() const { return tile.slot<Traits::kStagesQ>(); }
+  __device__ __forceinline__ int slot_o() const {
+    return (block.passed - Traits::kConsumers + consumer) % Traits::kStages;
+  }
   __device__ __forceinline__ int slot() const { return block.slot<Traits::kStages>(); }
   __device__ __forceinline__ bool leader() const { return threadIdx.x % kGroupThreads == 0; }
 };

@@ -76,15 +76,17 @@ struct Traits {
   static constexpr int kSumColumns = 8;
   static_assert(kHeadDimV % kPartV == 0);
 
-  static constexpr int kChunkColumns = kChunkBytes;  // one byte each
-  static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
-  static constexpr int kChunksV = (kHeadDimV + kChunkColumns - 1) / kChunkColumns;
+  // Columns of Q, K and V are one byte each.
+  static constexpr int kChunks = (kHeadDim + kChunkBytes - 1) / kChunkBytes;
+  static constexpr int kChunksV = (kHeadDimV + kChunkBytes - 1) / kChunkBytes;
   static constexpr int kBytesQ = kGroupRows * kChunks * kChunkBytes;  // of one consumer
   static constexpr int kBytesK = kBlockKV * kChunks * kChunkBytes;
   static constexpr int kBytesRaw = kBlockKV * kChunksV * kChunkBytes;
   static constexpr int kBytesV = (kHeadDimV + kSumColumns) * kChunkBytes;  // dv rows of 128 keys
   static_assert(kBlockKV == kChunkBytes, "a transposed tile is one chunk wide");
-  static constexpr bool kStagesO = false;
+  static constexpr int kChunkColumns = kChunkBytes / int(sizeof(Output));  // of O
+  static constexpr int kStagedO = kHeadDimV / kChunkColumns;
+  static constexpr bool kStagesO = kConsumers == 2;  // O leaves through a slot of V
   static constexpr int kWorkSlots = 4;
 
   struct Shared {

@@ -47,6 +47,18 @@ struct Barrier {
         "r"(parity)
         : "memory");
   }
+  // Whether it is complete.
+  __device__ __forceinline__ bool test(uint32_t parity) const {
+    int done;
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, done;\n}\n"
+        : "=r"(done)
+        : "r"(shared_address(&word)), "r"(parity)
+        : "memory");
+    return done;
+  }
 };
 
 // A position in a ring of kStages slots; the parity flips on every lap.

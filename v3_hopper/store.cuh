@@ -100,7 +100,7 @@ __device__ __forceinline__ void store_state(const Arguments& args, const Work& w
   const bool inside = !p.cu_seqlens_q || end_row <= work.sequence.seqlen_q;
   bool staged = false;
   if constexpr (Traits::kStagesO) {
-    staged = inside && !work.poisoned;
+    staged = inside && !work.poisoned && sO != nullptr;
     if (staged) store_tile<Traits>(args, work, consumer, sO, o);
   }
   if (!staged) store_rows<Traits>(p, work, row, o);
