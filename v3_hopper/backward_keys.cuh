@@ -18,6 +18,7 @@ struct KeysTraits {
   static constexpr int kBlockQ = kGradientRows;
   static constexpr int kBlockKV = 64;
   static constexpr int kKeysPerWarpgroup = 0;  // both own all 64
+  static constexpr int kColumnsDQ = kChunkColumns;  // K's chunks: dQ has a kernel of its own
   static constexpr int kStagesQ = 2;
   static constexpr int kStagesDO = 2;
   static constexpr int kConsumers = 2;  // the warpgroup of dV, the warpgroup of dK
