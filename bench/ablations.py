@@ -108,7 +108,7 @@ VARIANTS = (
         ("v3_hopper/traits.cuh", "kStages = 3,", "kStages = 1,"),
         ("v3_hopper/traits.cuh", "kStages = 4,", "kStages = 1,"))),
     Variant(*V3, "the next tile's loads (a narrow head's key tiles one by one)", (
-        ("v3_hopper/narrow_backward.cuh", "kTiles = 2;", "kTiles = 1;"),),
+        ("v3_hopper/narrow_backward.cuh", "kTiles = kTransposed ? 2 : 1;", "kTiles = 1;"),),
         directions="backward", dims="64"),
     Variant(*V3, "rounds of heads (one head's key tiles after another's)", (
         ("v3_hopper/launch_backward.cuh", "kMost = 16;", "kMost = 1;"),), directions="backward"),

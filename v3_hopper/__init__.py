@@ -22,7 +22,7 @@ CAPABILITY = Capability(
         ("forward", 192, 192): Tile(128, 64, 3, 384),
         ("forward", 256, 256): Tile(128, 64, 2, 384),
         ("backward", 64, 64): Tile(64, 128, 3, 512),
-        ("backward", 96, 96): Tile(64, 128, 3, 384),
+        ("backward", 96, 96): Tile(64, 128, 3, 512),
         ("backward", 128, 128): Tile(64, 128, 3, 384),
         ("backward", 192, 128): Tile(64, 64, 2, 384),
         ("backward", 192, 192): Tile(64, 64, 2, 384),

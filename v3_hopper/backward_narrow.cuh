@@ -53,6 +53,23 @@ struct NarrowConsumer {
     named_sync(kWarpgroupDone + warpgroup, kWarpgroup);
   }
 
+  // Keys that dQ would spread to rows that do not see them become zero.
+  __device__ __forceinline__ void remove_poison() const {
+    const Range rows = sequence.rows(first_key, 64);
+    if (sequence.all_visible(rows.begin, rows.end - rows.begin, first_key, 64)) return;
+    const bool found = find_non_finite(shared.k[slot], key, 64, kWarpgroup);
+    if (!any_at(kWarpgroupDone + warpgroup, kWarpgroup, found)) return;
+    remove_non_finite(shared.k[slot], key, 64, kWarpgroup, shared.poison);
+    meet();  // these keys are zero now
+  }
+  // Their gradients become NaN.
+  __device__ __forceinline__ void spoil_gradients(Fragments& r) const {
+    spoil(r.dk, shared.poison, key + key_of_thread());
+    spoil(r.dv, shared.poison, key + key_of_thread());
+    meet();  // all four warps have read
+    if (threadIdx.x % kWarpgroup < 2) shared.poison[2 * warpgroup + threadIdx.x % kWarpgroup] = 0;
+  }
+
   // S^T starts at -LSE / scale, dP^T at -delta.
   __device__ __forceinline__ void start_scores(Fragments& r,
                                                const NarrowRings<Traits>& ring) const {
@@ -69,8 +86,8 @@ struct NarrowConsumer {
                                                const NarrowRings<Traits>& ring) const {
     pin(r.s);
     wgmma_begin();
-    gemm_scores<Traits::kHeadDim>(r.s, shared.k[slot], key, shared.q[ring.q.slot],
-                                  !Traits::kSoftcap);
+    gemm_scores<Traits::kHeadDim, Traits::kColumnsDQ>(r.s, shared.k[slot], key,
+                                                      shared.q[ring.q.slot], !Traits::kSoftcap);
     wgmma_commit();
   }
   __device__ __forceinline__ void issue_dp(Fragments& r, const NarrowRings<Traits>& ring) const {
@@ -122,7 +139,7 @@ struct NarrowConsumer {
     const int warp = threadIdx.x / 32 % 4;
     store_fragment(shared_address(shared.ds[slot_ds][key + 16 * warp]), 0, r.ds16);
     if constexpr (!kLast) start_scores(r, ring);
-    if constexpr (!kLast) start_dp(r, ring);
+    if constexpr (!kLast && Traits::kTransposed) start_dp(r, ring);
     fence_async_proxy();
     arrive_warp(shared.ds_full[slot_ds]);
     if constexpr (!kLast) issue_scores(r, ring);
@@ -132,7 +149,7 @@ struct NarrowConsumer {
     gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
     gemm_gradient(r.dk, r.ds16, shared.q[slot_q]);
     wgmma_commit();
-    if constexpr (!kLast) {
+    if constexpr (!kLast && Traits::kTransposed) {
       issue_dp(r, ring);
       wgmma_wait<1>();  // S is there, and the gradients
     } else {
@@ -143,6 +160,10 @@ struct NarrowConsumer {
     arrive_warp(shared.dout_free[slot_do]);
     arrive_warp(shared.q_free[slot_q]);
     if constexpr (!kLast) {
+      if constexpr (!Traits::kTransposed) {  // registers: only now
+        start_dp(r, ring);
+        issue_dp(r, ring);
+      }
       find_probabilities(r, ring.q.slot);
       shared.ds_free[ring.ds.slot].wait(ring.ds.parity ^ 1);  // keeps ptxas from waiting earlier
       wgmma_wait<0>();
@@ -160,6 +181,7 @@ struct NarrowConsumer {
 
   // dK and dV leave by way of the memory of K and V.
   __device__ __forceinline__ void store_gradients(Fragments& r, uint32_t parity) const {
+    if constexpr (!Traits::kTransposed) spoil_gradients(r);
     shared.keys_read[slot].wait(parity);
     stage_gradient(shared.v[slot], key, r.dv, 1.0f);
     stage_gradient(shared.k[slot], key, r.dk, p.scale);
@@ -177,6 +199,7 @@ struct NarrowConsumer {
     pin(r.dv);
     if (steps > 0) {
       shared.k_full[slot].wait(parity);
+      if constexpr (!Traits::kTransposed) remove_poison();
       shared.v_full[slot].wait(parity);
       begin(r, ring);
       for (int i = 0; i < steps - 1; ++i) take_step<false>(r, ring);
@@ -220,6 +243,32 @@ __device__ __forceinline__ void multiply_dq(typename Traits::Shared& shared,
   }
 }
 
+// The same of wider heads: K stays where it is, and half of the columns are computed at a time.
+template <class Traits>
+__device__ __forceinline__ void multiply_dq_halves(typename Traits::Shared& shared,
+                                                   NarrowRings<Traits>& ring, int steps, int slot) {
+  for (int i = 0; i < steps; ++i) {
+    shared.ds_full[ring.ds.slot].wait(ring.ds.parity);
+#pragma unroll
+    for (int half = 0; half < Traits::kChunks; ++half) {
+      float dq[Traits::kColumnsDQ / 2];  // (64 rows, half of dim)
+      wgmma_begin();
+      gemm_dq(dq, shared.ds[ring.ds.slot], shared.k[slot][half]);
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(dq);
+      if (half + 1 == Traits::kChunks) arrive_warp(shared.ds_free[ring.ds.slot]);
+      shared.dq_free[half].wait(ring.dq.parity ^ 1);
+      stage_dq(shared.dq[half], dq);
+      fence_async_proxy();
+      arrive_warp(shared.dq_full[half]);
+    }
+    ring.ds.advance();
+    ring.dq.parity ^= 1;
+  }
+  arrive_warp(shared.keys_read[slot]);
+}
+
 template <class Traits>
 __global__ __launch_bounds__(Traits::kThreads,
                              1) void backward_narrow(const __grid_constant__ BackwardParams p,
@@ -237,20 +286,28 @@ __global__ __launch_bounds__(Traits::kThreads,
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (warp == 0) {
       produce_tiles<Traits>(shared, p, maps, scratch, tiles);
-    } else if (elect_one()) {
+    } else if (warp <= Traits::kStagesDQ && elect_one()) {
       add_dq_of_tiles<Traits>(shared, p, scratch, warp - 1);
     }
   } else if (warpgroup == Traits::kConsumers + 1) {
     shrink_registers<Traits::kSumRegisters>();
-    for_each_tile<Traits>(shared, p, scratch,
-                          [&](const KeyTile& tile, const Sequence& sequence, const RowSteps& steps,
-                              int slot, uint32_t) {
-                            const int key = tile.block * Traits::kBlockKV;
-                            const Range rows = sequence.rows(key, Traits::kBlockKV);
-                            const bool hides = !sequence.all_visible(
-                                rows.begin, rows.end - rows.begin, key, Traits::kBlockKV);
-                            multiply_dq<Traits>(shared, ring, steps.count(), slot, hides);
-                          });
+    if constexpr (Traits::kTransposed) {
+      for_each_tile<Traits>(shared, p, scratch,
+                            [&](const KeyTile& tile, const Sequence& sequence,
+                                const RowSteps& steps, int slot, uint32_t) {
+                              const int key = tile.block * Traits::kBlockKV;
+                              const Range rows = sequence.rows(key, Traits::kBlockKV);
+                              const bool hides = !sequence.all_visible(
+                                  rows.begin, rows.end - rows.begin, key, Traits::kBlockKV);
+                              multiply_dq<Traits>(shared, ring, steps.count(), slot, hides);
+                            });
+    } else {
+      for_each_tile<Traits>(
+          shared, p, scratch,
+          [&](const KeyTile&, const Sequence&, const RowSteps& steps, int slot, uint32_t) {
+            multiply_dq_halves<Traits>(shared, ring, steps.count(), slot);
+          });
+    }
   } else {
     grow_registers<Traits::kConsumerRegisters>();
     const Exponent exponent(p);

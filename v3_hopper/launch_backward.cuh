@@ -49,9 +49,14 @@ inline int heads_at_once(const Problem& p, int tiles_per_head) {
   constexpr int64_t kMost = 16;
   const int64_t in_l2 = kL2Share / std::max<int64_t>(bytes_per_head, 1);
   const int64_t fit = std::max<int64_t>(std::min(in_l2, kMost), 1);
-  const int64_t rounds = (heads + fit - 1) / fit;
-  // All rounds alike: a short last one would end with long tiles on few multiprocessors.
-  return rounds == 0 ? 1 : int((heads + rounds - 1) / rounds);
+  // All rounds alike: a short last one would end with long tiles on few multiprocessors. Up to half
+  // as many heads again are taken for that.
+  int64_t best = 1, last_of_best = 0;
+  for (int64_t i = std::min(fit, heads); i <= std::min(fit + fit / 2, heads); ++i) {
+    const int64_t last = (heads - 1) % i + 1;  // heads of the last round, of i
+    if (last * best >= last_of_best * i) best = i, last_of_best = last;
+  }
+  return int(best);
 }
 
 inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
@@ -110,7 +115,7 @@ inline int shares_of_dq(const BackwardParams& p, const Scratch& scratch) {
 
 inline constexpr int kLongFullRows = 2048;  // from here on the order of a full step pays
 
-// 65 to 128 dims: one kernel for all gradients, between two short ones; or none behind it.
+// 97 to 128 dims: one kernel for all gradients, between two short ones; or none behind it.
 template <class Traits>
 cudaError_t launch_medium(const BackwardParams& p) {
   using Element = typename Traits::Element;
@@ -135,14 +140,14 @@ cudaError_t launch_medium(const BackwardParams& p) {
   return status;
 }
 
-// Up to 64 dims: the same with CTAs that stay, one per multiprocessor.
+// Up to 96 dims: the same with CTAs that stay, one per multiprocessor.
 template <class Traits>
 cudaError_t launch_narrow(const BackwardParams& p) {
   using Element = typename Traits::Element;
   BackwardMaps maps;
   cudaError_t status = make_backward_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockKV);
   if (status != cudaSuccess) return status;
-  constexpr int kDim = Traits::kPaddedDim;
+  constexpr int kDim = Traits::kDimDQ;
   const Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
   const dim3 rows = row_blocks(p);
   const int64_t tiles = int64_t(scratch.tiles_per_head) * p.heads_kv * p.batch;
@@ -158,7 +163,8 @@ cudaError_t launch_narrow(const BackwardParams& p) {
                     p, maps, scratch, int(tiles));
   }
   if (status == cudaSuccess && rows.x > 0) {
-    status = launch(round_dq<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
+    status = launch(round_dq<Element, kDim, Traits::kTransposed>, rows, kRowThreads, 0, p.stream, p,
+                    scratch);
   }
   return status;
 }
@@ -196,7 +202,7 @@ cudaError_t launch_wide(const BackwardParams& p) {
 template <class Instance>
 inline constexpr bool kWide = Instance::kHeadDim > 128 || Instance::kHeadDimV > 128;
 template <class Instance>
-inline constexpr bool kNarrow = Instance::kHeadDim <= 64 && Instance::kHeadDimV <= 64;
+inline constexpr bool kNarrow = Instance::kHeadDim <= 96 && Instance::kHeadDimV <= 96;
 
 template <class Instance>
 cudaError_t launch_backward(const BackwardParams& p) {
@@ -238,7 +244,7 @@ Plan plan_backward(const Problem& p) {
     return plan_of<KeysTraits<Instance, false>>(p, 0);
   } else if constexpr (kNarrow<Instance>) {
     using Traits = NarrowTraits<Instance, false>;
-    Plan plan = plan_of<Traits>(p, Traits::kPaddedDim);
+    Plan plan = plan_of<Traits>(p, Traits::kDimDQ);
     plan.grid = std::min<int64_t>(plan.grid, multiprocessors());
     return plan;
   } else {

@@ -9,41 +9,46 @@ namespace flash::v3 {
 inline constexpr int kNoMoreTiles = -1;
 
 // A CTA takes one tile of 128 keys after the other, and meets every block of query rows that sees
-// it.
+// it. Up to 64 dims dQ is computed transposed, from K in registers; wider, half of its columns at a
+// time, from K in shared memory, whose chunks begin where the halves do.
 template <class I, bool kHasSoftcap>
 struct NarrowTraits {
   using Element = typename I::Element;
   static constexpr bool kSoftcap = kHasSoftcap;
   static constexpr int kHeadDim = I::kHeadDim;
-  static constexpr int kPaddedDim = kChunkColumns;
-  static_assert(kHeadDim <= kPaddedDim && I::kHeadDimV == kHeadDim, "one chunk");
+  static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
+  static_assert(kHeadDim <= 96 && I::kHeadDimV == kHeadDim, "registers");
+  static constexpr bool kTransposed = kChunks == 1;
+  static constexpr int kDimDQ = kTransposed ? kChunkColumns : kHeadDim;
+  static constexpr int kColumnsDQ = kDimDQ / kChunks;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kBlockQ = kGradientRows;
   static constexpr int kKeysPerWarpgroup = 64;
   static constexpr int kBlockKV = kKeysPerWarpgroup * kConsumers;
   static constexpr int kStagesQ = 3;
   static constexpr int kStagesDO = 3;
-  static constexpr int kStagesDQ = 3;  // a warp for each adds it to the sums in L2
-  static constexpr int kTiles = 2;     // this one and the next
+  static constexpr int kStagesDQ = kTransposed ? 3 : kChunks;  // a warp for each adds it
+  static constexpr int kTiles = kTransposed ? 2 : 1;           // this one and the next
   static constexpr int kThreads = kWarpgroup * (kConsumers + 2);
-  static constexpr int kProducerRegisters = 32;
-  static constexpr int kSumRegisters = 96;
-  static constexpr int kConsumerRegisters = 192;
+  static constexpr int kProducerRegisters = kTransposed ? 32 : 40;
+  static constexpr int kSumRegisters = kTransposed ? 96 : 56;
+  static constexpr int kConsumerRegisters = kTransposed ? 192 : 208;
   static_assert(kProducerRegisters + kSumRegisters + kConsumers * kConsumerRegisters <=
                 65536 / kWarpgroup);
 
-  using TileKV = Element[1][kBlockKV][kChunkColumns];
-  using TileQ = Element[1][kBlockQ][kChunkColumns];
+  using TileKV = Element[kChunks][kBlockKV][kChunkColumns];
+  using TileQ = Element[kChunks][kBlockQ][kChunkColumns];
   using TileDS = Element[kBlockKV][kBlockQ];  // transposed
   struct Shared {
     alignas(1024) TileKV k[kTiles], v[kTiles];
     TileQ q[kStagesQ], dout[kStagesDO];
     TileDS ds[2];                               // one is read while one is written
-    float dq[kStagesDQ][kBlockQ * kPaddedDim];  // on its way to L2, in accumulator order
+    float dq[kStagesDQ][kBlockQ * kColumnsDQ];  // on its way to L2, in accumulator order
     float lse[kStagesQ][kBlockQ];
     float delta[kStagesDO][kBlockQ];
-    int row[kStagesQ];  // first row of the block in the slot
-    int tile[kTiles];   // number, or kNoMoreTiles after the last
+    int row[kStagesQ];               // first row of the block in the slot
+    int tile[kTiles];                // number, or kNoMoreTiles after the last
+    uint32_t poison[kBlockKV / 32];  // a bit for every key that was not finite
     Barrier tile_full[kTiles], tile_free[kTiles], keys_read[kTiles];
     Barrier k_full[kTiles], v_full[kTiles], landed;
     Barrier q_full[kStagesQ], q_free[kStagesQ];
@@ -53,6 +58,7 @@ struct NarrowTraits {
 
     __device__ __forceinline__ void init() {
       constexpr int kWarps = 4 * kConsumers;  // each arrives once
+      for (uint32_t& bits : poison) bits = 0;
       landed.init(1);
       for (int i = 0; i < kTiles; ++i) {
         tile_full[i].init(1);
@@ -124,8 +130,8 @@ __device__ __forceinline__ void load_key_tile(Producer<Traits>& self, const Back
   const int block0 = int(first_block(p, sequence, tile.batch));
   for (bool first = true; step.valid(); first = false) {
     if (first) {
-      self.load(shared.k[slot], maps.k, keys, shared.k_full[slot], Keep::kFirstOut, first_key,
-                seen_keys);
+      self.template load<Traits::kColumnsDQ>(shared.k[slot], maps.k, keys, shared.k_full[slot],
+                                             Keep::kFirstOut, first_key, seen_keys);
     }
     const Coordinate at{0, int(sequence.row_q) + step.row(), step.head, batch_q};
     const int64_t stats =
@@ -196,9 +202,10 @@ __device__ __forceinline__ void for_each_tile(typename Traits::Shared& shared,
   }
 }
 
-// One thread per buffer of dQ adds what is staged there to the sums in L2: the wait for its turn
-// and for the copy engine must not hold up the next block. The first key tile of a block stores,
-// so sums need no zeros beforehand; deterministic sums keep the order of all.
+// One thread per buffer of dQ (of all columns in turn, or of half of them) adds what is staged
+// there to the sums in L2: the wait for its turn and for the copy engine must not hold up the next
+// block. The first key tile of a block stores, so sums need no zeros beforehand; deterministic sums
+// keep the order of all.
 template <class Traits>
 __device__ __forceinline__ void add_dq_of_tiles(typename Traits::Shared& shared,
                                                 const BackwardParams& p, const Scratch& scratch,
@@ -212,11 +219,12 @@ __device__ __forceinline__ void add_dq_of_tiles(typename Traits::Shared& shared,
         shared.tile_free[slot].arrive();
         const int block0 = int(first_block(p, sequence, tile.batch));
         for (; step.valid(); step.advance()) {
-          if (until_mine-- > 0) continue;
+          if (Traits::kTransposed && until_mine-- > 0) continue;
           until_mine = Traits::kStagesDQ - 1;
           const int index = step.head * int(scratch.blocks) + block0 + step.block;
-          int* turn = scratch.turn + 2 * index;  // a pair for each block is cleared
-          float* target = scratch.dq + int64_t(index) * (kBytes / 4);
+          const int part = Traits::kTransposed ? 0 : buffer;
+          int* turn = scratch.turn + 2 * index + part;  // a pair for each block is cleared
+          float* target = scratch.dq + (int64_t(index) * Traits::kChunks + part) * (kBytes / 4);
           const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
           if (mine > 0) await_turn(turn, p.deterministic ? mine : 1);
           shared.dq_full[buffer].wait(parity);
