@@ -2,10 +2,11 @@
 // them.
 //
 // Scores are computed transposed (S^T = K Q^T), so P^T and dS^T go from accumulators straight into
-// the products of dV and dK; dQ leaves for L2 from registers. Products stay queued on the tensor
-// cores while a warpgroup does arithmetic:
-//   tensor cores:  dP(i) dV(i) | S(i+1) dQ(i) dK(i) | dP(i+1) dV(i+1) | ...
-//   warpgroup:          dS(i)  |    P(i+1), add dQ(i)    |     dS(i+1)
+// the products of dV and dK; dQ leaves for L2 from registers. It takes the dS of both warpgroups,
+// and is computed a step later, so that they need not meet: they issue products in turn, half a
+// step apart, and what one of them computes lies beside the products of the other.
+//   tensor cores:  dV(i) dK(i) dQ(i-1) S(i+1) dP(i+1)  | the other's         | dV(i+1) dK(i+1) ...
+//   warpgroup:                       add dQ(i-1) | P(i+1)  dS(i+1) |
 #pragma once
 
 #include "v3_hopper/consumer_backward.cuh"
@@ -31,7 +32,27 @@ __device__ __forceinline__ void init_barriers(typename Traits::Shared& shared) {
   fence_barrier_init();
 }
 
-// One block of query rows, from P to dQ; and, unless it is the last, S and P of the next.
+// P and dP of a block, S of which is being computed. With softcap P has no registers to spare, and
+// goes first.
+template <class Traits>
+__device__ __forceinline__ void meet_rows(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
+                                          const Exponent& exponent, const Rings<Traits>& ring) {
+  if constexpr (Traits::kSoftcap) {
+    wgmma_wait<0>();  // S is there
+    find_probabilities(self, r, exponent, ring.q.slot);
+  }
+  start_dp(self, r, ring.dout);
+  issue_dp(self, r, ring.dout);
+  if constexpr (!Traits::kSoftcap) {
+    wgmma_wait<1>();
+    find_probabilities(self, r, exponent, ring.q.slot);
+  }
+  wgmma_wait<0>();  // dP is there
+  pin(r.dp);
+}
+
+// dS of a block and its part of dV and dK; dQ of the block before; and, unless this is the last, S,
+// P and dP of the next.
 template <class Traits, bool kLast>
 __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                           const Exponent& exponent, Rings<Traits>& ring,
@@ -39,93 +60,41 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   auto& shared = self.shared;
   const int slot_q = ring.q.slot;
   const int slot_do = ring.dout.slot;
-  const int slot = ring.ds.slot;
-  start_dp(self, r, ring.dout);
-  issue_dp(self, r, ring.dout);
-  pin(r.p16);
-  wgmma_begin();
-  gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
-  wgmma_commit();
-  wgmma_wait<1>();  // dP is there, and the dK before it
-  pin(r.dp);
-  if (!first) self.arrive(shared.q_free[(slot_q + Traits::kStagesQ - 1) % Traits::kStagesQ]);
-  find_score_gradient(self, r, slot);
+  const int before = (ring.ds.slot + Traits::kStagesDS - 1) % Traits::kStagesDS;
+  find_score_gradient(self, r, ring.ds.slot);
   ring.q.advance();
   ring.dout.advance();
   ring.ds.advance();
-  if constexpr (!kLast) {
-    start_scores(self, r, ring.q);
-    issue_scores(self, r, ring.q);
-  }
-  named_sync(kScoreGradientStored, KeyConsumer<Traits>::kThreads);  // dS of all keys is there
-  if (shared.suspicious[slot]) self.remove_poison(slot);
-  wgmma_begin();
-  gemm_dq(r.dq, shared.ds[slot], shared.k[self.warpgroup]);
-  wgmma_commit();
-  gemm_dk(r.dk, shared.ds[slot], self.key, shared.q[slot_q]);
-  wgmma_commit();
-  if constexpr (!kLast) {
-    wgmma_wait<2>();  // S is there, and the dV before it
-    pin(r.p16);       // whose operand may change
-    self.arrive(shared.dout_free[slot_do]);
-    find_probabilities(self, r, exponent, ring.q.slot, ring.ds.slot);
-  } else {
-    wgmma_wait<2>();  // dV is there, and leaves while dQ and dK are computed
-    pin(r.p16);
-    pin(r.dv);
-    store_by_v(self, r.dv, 1.0f, self.p.dv, self.p.head_dim_v);
-  }
-  hand_over_dq<Traits>(self, r, slot);
-}
-
-// One block of query rows where nothing is masked, S and dP first: dS and dQ are written to shared
-// memory while products run that take one operand from registers, which leaves it half its time.
-template <class Traits, bool kLast>
-__device__ __forceinline__ void take_full_step(const KeyConsumer<Traits>& self,
-                                               Fragments<Traits>& r, const Exponent& exponent,
-                                               Rings<Traits>& ring) {
-  auto& shared = self.shared;
-  const int slot_q = ring.q.slot;
-  const int slot_do = ring.dout.slot;
-  const int slot = ring.ds.slot;
-  start_scores(self, r, ring.q);
-  start_dp(self, r, ring.dout);
-  issue_scores(self, r, ring.q);
-  issue_dp(self, r, ring.dout);
-  wgmma_wait<1>();  // S is there
-  pin(r.s);
-  find_probabilities(self, r, exponent, slot_q, slot);
-  wgmma_wait<0>();  // dP is there
-  pin(r.dp);
-  find_score_gradient(self, r, slot);
-  ring.q.advance();
-  ring.dout.advance();
-  ring.ds.advance();
+  if (kLast && self.warpgroup == 1) named_arrive(kScoreGradientStored, self.kThreads);
+  self.take_turn();
   pin(r.p16);
-  wgmma_begin();
-  gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
-  wgmma_commit();
-  named_sync(kScoreGradientStored, KeyConsumer<Traits>::kThreads);  // dS of all keys is there
-  if (shared.suspicious[slot]) self.remove_poison(slot);
-  wgmma_begin();
-  gemm_dq(r.dq, shared.ds[slot], shared.k[self.warpgroup]);
-  wgmma_commit();
-  wgmma_wait<1>();  // dV is there
-  pin(r.p16);
-  self.arrive(shared.dout_free[slot_do]);
   pin(r.ds16);
   wgmma_begin();
+  gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
+  wgmma_commit();
   gemm_gradient(r.dk, r.ds16, shared.q[slot_q]);
   wgmma_commit();
-  hand_over_dq<Traits>(self, r, slot);
-  if constexpr (kLast) {
+  wgmma_wait<Traits::kSoftcap ? 0 : 1>();  // dV is there
+  pin(r.p16);
+  self.arrive(shared.dout_free[slot_do]);
+  if constexpr (!kLast) start_scores(self, r, ring.q);
+  if (!first && shared.suspicious[before]) self.remove_poison(before);
+  issue_dq(self, r, before);  // before the first block of nothing, and for nothing
+  if constexpr (!kLast) {
+    issue_scores(self, r, ring.q);
+    wgmma_wait<1>();  // dK and dQ are there
+    self.give_turn();
+  } else {
+    if (self.warpgroup == 0) self.give_turn();
+    wgmma_wait<0>();
     pin(r.dv);
-    store_by_v(self, r.dv, 1.0f, self.p.dv, self.p.head_dim_v);
+    pin(r.dk);
   }
-  wgmma_wait<0>();  // dK is there
   pin(r.ds16);
-  pin(r.dk);
   self.arrive(shared.q_free[slot_q]);
+  pin(r.dq);
+  if (!first) hand_over_dq(self, r, ring.handed_over);
+  if constexpr (!kLast) meet_rows(self, r, exponent, ring);
 }
 
 template <class Traits>
@@ -141,24 +110,24 @@ __device__ __forceinline__ void consume(typename Traits::Shared& shared, const B
   if (steps > 0) {
     shared.k_full.wait(0);
     Rings<Traits> ring;
-    if constexpr (Traits::kFull) {
-      shared.v_full.wait(0);
-      for (int i = 0; i < steps - 1; ++i) take_full_step<Traits, false>(self, r, exponent, ring);
-      take_full_step<Traits, true>(self, r, exponent, ring);
-    } else {
-      start_scores(self, r, ring.q);
-      issue_scores(self, r, ring.q);
-      shared.v_full.wait(0);
-      wgmma_wait<0>();
-      pin(r.s);
-      find_probabilities(self, r, exponent, 0, 0);
-      for (int i = 0; i < steps - 1; ++i) {
-        take_step<Traits, false>(self, r, exponent, ring, i == 0);
-      }
-      take_step<Traits, true>(self, r, exponent, ring, steps == 1);
-      wgmma_wait<0>();
-      pin(r.dk);
-    }
+    if (self.warpgroup == 1) self.take_turn();  // half a step behind the first
+    start_scores(self, r, ring.q);
+    issue_scores(self, r, ring.q);
+    shared.v_full.wait(0);
+    wgmma_wait<0>();
+    pin(r.s);
+    self.give_turn();
+    meet_rows(self, r, exponent, ring);
+    for (int i = 0; i < steps - 1; ++i) take_step<Traits, false>(self, r, exponent, ring, i == 0);
+    take_step<Traits, true>(self, r, exponent, ring, steps == 1);
+    store_by_v(self, r.dv, 1.0f, p.dv, p.head_dim_v);
+    if (self.warpgroup == 0) named_sync(kScoreGradientStored, self.kThreads);
+    const int last = (ring.ds.slot + Traits::kStagesDS - 1) % Traits::kStagesDS;
+    if (shared.suspicious[last]) self.remove_last_poison();
+    issue_dq(self, r, last);
+    wgmma_wait<0>();
+    pin(r.dq);
+    hand_over_dq(self, r, ring.handed_over);
   } else {
     store_by_v(self, r.dv, 1.0f, p.dv, p.head_dim_v);
   }
@@ -173,7 +142,7 @@ __global__ __launch_bounds__(Traits::kThreads,
                                               const __grid_constant__ Scratch scratch) {
   extern __shared__ uint8_t memory[];
   auto& shared = *align_shared<typename Traits::Shared>(memory);
-  const int share = Traits::kFull ? int(blockIdx.x) - scratch.tiles : -1;  // of dQ, to be rounded
+  const int share = int(blockIdx.x) - scratch.tiles;  // of dQ, to be rounded
   const KeyTile tile(p, scratch, share >= 0 ? 0 : int(blockIdx.x));
   const Sequence sequence(p, tile.batch);
   const int key = tile.block * Traits::kBlockKV;
@@ -189,7 +158,7 @@ __global__ __launch_bounds__(Traits::kThreads,
       shared.dq_free[i].init(1);
     }
     for (uint32_t& bits : shared.poison) bits = 0;
-    shared.suspicious[0] = shared.suspicious[1] = 0;
+    for (int& sign : shared.suspicious) sign = 0;
     init_barriers<Traits>(shared);
   }
   __syncthreads();

@@ -23,7 +23,6 @@ struct KeyConsumer {
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0) - 1;  // uniform
   const int key = Traits::kKeysPerWarpgroup * warpgroup;      // of this warpgroup, in the tile
   const int first_key = tile.block * Traits::kBlockKV + key;  // and in the sequence
-  const int64_t block0 = first_block(p, sequence, tile.batch);
 
   // This warp has read, or filled, what the barrier stands for.
   __device__ __forceinline__ void arrive(Barrier& barrier) const {
@@ -43,11 +42,23 @@ struct KeyConsumer {
 
   // Keys that are not finite become zero, before dQ spreads them to rows that do not see them.
   __device__ __forceinline__ void remove_poison(int slot) const {
-    int first = key;
+    int first = 0;
     asm volatile("" : "+r"(first));  // else every step prepares for it
-    remove_non_finite(shared.k, first, 64, kWarpgroup, shared.poison);
-    named_sync(kKeysRead, kThreads);  // all keys are finite, and all have seen the sign
-    if (threadIdx.x == kWarpgroup) shared.suspicious[slot] = 0;
+    remove_non_finite(shared.k, first, Traits::kBlockKV, kWarpgroup, shared.poison);
+    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);              // all keys are finite
+    if (threadIdx.x == 2 * kWarpgroup) shared.suspicious[slot] = 0;  // the second has seen it too
+  }
+  // The last time, when nobody has a turn any more.
+  __device__ __forceinline__ void remove_last_poison() const {
+    remove_non_finite(shared.k, key, 64, kWarpgroup, shared.poison);
+    named_sync(kKeysRead, kThreads);
+  }
+  // The products of a step belong together: warpgroups issue them in turn.
+  __device__ __forceinline__ void take_turn() const {
+    named_sync(kProductTurn + warpgroup, kThreads);
+  }
+  __device__ __forceinline__ void give_turn() const {
+    named_arrive(kProductTurn + 1 - warpgroup, kThreads);
   }
 
   // Rounds a gradient into this warpgroup's rows of a tile that nobody reads any more.
@@ -77,6 +88,7 @@ struct Fragments {
   uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
   int row;                             // of S
   bool masked;                         // P
+  bool suspicious;                     // a masked score was not finite
 };
 
 // Where a step finds its tiles.
@@ -84,7 +96,8 @@ template <class Traits>
 struct Rings {
   Ring<Traits::kStagesQ> q;
   Ring<Traits::kStagesDO> dout;
-  Ring<2> ds;
+  Ring<Traits::kStagesDS> ds;
+  uint32_t handed_over = 0;  // parity of dQ's place
 };
 
 // S^T of a step starts at -LSE,
@@ -94,7 +107,12 @@ __device__ __forceinline__ void start_scores(const KeyConsumer<Traits>& self, Fr
   auto& shared = self.shared;
   shared.q_full[q.slot].wait(q.parity);
   r.row = shared.row[q.slot];
-  if constexpr (!Traits::kSoftcap) start(r.s, shared.lse[q.slot] + self.column());
+  if constexpr (Traits::kSoftcap) {
+#pragma unroll
+    for (float& x : r.s) x = 0.0f;
+  } else {
+    start(r.s, shared.lse[q.slot] + self.column());
+  }
   pin(r.s);
 }
 
@@ -102,9 +120,11 @@ __device__ __forceinline__ void start_scores(const KeyConsumer<Traits>& self, Fr
 template <class Traits>
 __device__ __forceinline__ void issue_scores(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                              const Ring<Traits::kStagesQ>& q) {
+  int key = self.key;
+  asm volatile("" : "+r"(key));  // else descriptors live through the loop
   wgmma_begin();
-  gemm_scores<Traits::kHeadDim, Traits::kColumnsDQ>(r.s, self.shared.k, self.key,
-                                                    self.shared.q[q.slot], !Traits::kSoftcap);
+  gemm_scores<Traits::kHeadDim, Traits::kColumnsDQ>(r.s, self.shared.k, key, self.shared.q[q.slot],
+                                                    !Traits::kSoftcap);
   wgmma_commit();
 }
 
@@ -112,12 +132,10 @@ __device__ __forceinline__ void issue_scores(const KeyConsumer<Traits>& self, Fr
 template <class Traits>
 __device__ __forceinline__ void find_probabilities(const KeyConsumer<Traits>& self,
                                                    Fragments<Traits>& r, const Exponent& exponent,
-                                                   int slot, int slot_ds) {
+                                                   int slot) {
   pin(r.s);
   r.masked = self.masked(r.row);
-  if (r.masked && hides_non_finite(r.s, self.sequence, self.position(r.row))) {
-    self.shared.suspicious[slot_ds] = 1;
-  }
+  r.suspicious = r.masked && hides_non_finite(r.s, self.sequence, self.position(r.row));
   if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
   if (r.masked) mask(r.s, self.sequence, self.position(r.row), exponent.hidden());
   float p[Traits::kBlockQ / 2];
@@ -140,8 +158,10 @@ template <class Traits>
 __device__ __forceinline__ void issue_dp(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
                                          const Ring<Traits::kStagesDO>& dout) {
   auto& shared = self.shared;
+  int key = self.key;
+  asm volatile("" : "+r"(key));
   wgmma_begin();
-  gemm_scores<Traits::kHeadDim>(r.dp, shared.v, self.key, shared.dout[dout.slot], true);
+  gemm_scores<Traits::kHeadDim>(r.dp, shared.v, key, shared.dout[dout.slot], true);
   wgmma_commit();
 }
 
@@ -152,19 +172,31 @@ __device__ __forceinline__ void find_score_gradient(const KeyConsumer<Traits>& s
   if (r.masked) mask_gradient(r.dp, r.s);
   score_gradient(r.dp, r.s);
   round_operand<typename Traits::Element>(r.ds16, r.dp);
+  if (r.suspicious) self.shared.suspicious[slot] = 1;
   const int warp = threadIdx.x / 32 % 4;
   store_fragment(shared_address(self.shared.ds[slot][self.key + 16 * warp]), 0, r.ds16);
   fence_async_proxy();
 }
 
-// dQ goes where the copy engine adds it to the sums in L2 from.
+// Issues dQ of the block in this slot of dS.
+template <class Traits>
+__device__ __forceinline__ void issue_dq(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
+                                         int slot) {
+  auto& shared = self.shared;
+#pragma unroll
+  for (float& x : r.dq) x = 0.0f;  // else its registers are held from step to step
+  wgmma_begin();
+  gemm_dq(r.dq, shared.ds[slot], shared.k[self.warpgroup]);
+  wgmma_commit();
+}
+
+// dQ, computed, goes where the copy engine adds it to the sums in L2 from.
 template <class Traits>
 __device__ __forceinline__ void hand_over_dq(const KeyConsumer<Traits>& self, Fragments<Traits>& r,
-                                             uint32_t parity) {
+                                             uint32_t& parity) {
   auto& shared = self.shared;
   shared.dq_free[self.warpgroup].wait(parity ^ 1);
-  wgmma_wait<1>();  // dQ is there
-  pin(r.dq);
+  parity ^= 1;
   stage_dq(shared.dq[self.warpgroup], r.dq);
   fence_async_proxy();
   self.arrive(shared.dq_full[self.warpgroup]);

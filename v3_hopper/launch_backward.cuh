@@ -103,17 +103,18 @@ cudaError_t make_backward_maps(BackwardMaps& maps, const BackwardParams& p, int 
 }
 
 // Shares of dQ that the kernel of key tiles rounds itself, all or none: where all tiles are alike
-// and the last ones leave multiprocessors idle for long enough. A block takes a quarter of a step.
+// and long, and the last ones leave multiprocessors idle for long enough. A block takes a quarter
+// of a step.
 inline int shares_of_dq(const BackwardParams& p, const Scratch& scratch) {
-  const bool alike = p.window_left == kUnlimited && p.window_right == kUnlimited &&
-                     p.cu_seqlens_q == nullptr && p.cu_seqlens_k == nullptr;
+  constexpr int kLongRows = 2048;
+  const bool alike = p.seqlen_q >= kLongRows && p.window_left == kUnlimited &&
+                     p.window_right == kUnlimited && p.cu_seqlens_q == nullptr &&
+                     p.cu_seqlens_k == nullptr;
   const int grid = multiprocessors();
   const int64_t idle = (grid - scratch.tiles % grid) % grid;
   const int64_t heads = int64_t(p.batch) * p.heads_kv;
   return alike && 4 * idle >= heads ? shares_per_head(p) * int(heads) : 0;
 }
-
-inline constexpr int kLongFullRows = 2048;  // from here on the order of a full step pays
 
 // 97 to 128 dims: one kernel for all gradients, between two short ones; or none behind it.
 template <class Traits>
@@ -124,7 +125,7 @@ cudaError_t launch_medium(const BackwardParams& p) {
   if (status != cudaSuccess) return status;
   constexpr int kDim = Traits::kHeadDim;
   Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
-  if (Traits::kFull) scratch.shares = shares_of_dq(p, scratch);
+  scratch.shares = shares_of_dq(p, scratch);
   const dim3 rows = row_blocks(p);
   const dim3 grid(scratch.tiles + scratch.shares);
   if (rows.x > 0) {
@@ -214,11 +215,8 @@ cudaError_t launch_backward(const BackwardParams& p) {
     return p.softcap > 0.0f ? launch_narrow<NarrowTraits<Instance, true>>(p)
                             : launch_narrow<NarrowTraits<Instance, false>>(p);
   } else {
-    if (p.softcap > 0.0f) return launch_medium<BackwardTraits<Instance, true>>(p);
-    const bool full = p.window_left == kUnlimited && p.window_right == kUnlimited;
-    return full && p.seqlen_q >= kLongFullRows
-               ? launch_medium<BackwardTraits<Instance, false, true>>(p)
-               : launch_medium<BackwardTraits<Instance, false>>(p);
+    return p.softcap > 0.0f ? launch_medium<BackwardTraits<Instance, true>>(p)
+                            : launch_medium<BackwardTraits<Instance, false>>(p);
   }
 }
 

@@ -89,8 +89,7 @@ __device__ __forceinline__ void add_dq(typename Traits::Shared& shared, const Ba
     shared.dq_free[warpgroup].arrive();
     if (mine == 0 || p.deterministic) pass_turn(turn);
   }
-  if (Traits::kFull && scratch.shares > 0)
-    pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
+  if (scratch.shares > 0) pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
 }
 
 // --- 16-bit gradients ---

@@ -11,7 +11,12 @@ inline constexpr int kChunkColumns = 64;  // 16-bit elements of one 128-byte row
 inline constexpr int kGradientRows = 64;  // query rows of one block of dQ, LSE and delta
 
 // Named barriers; 0 is __syncthreads.
-enum BackwardEvent : int { kScoreGradientStored = 1, kKeysRead = 2, kWarpgroupDone = 3 };
+enum BackwardEvent : int {
+  kScoreGradientStored = 1,
+  kKeysRead = 2,
+  kWarpgroupDone = 3,
+  kProductTurn = 6
+};
 
 // Tiles under the 128-byte swizzle start at multiples of 1024 bytes.
 template <class Shared>
@@ -20,12 +25,10 @@ __device__ __forceinline__ Shared* align_shared(uint8_t* memory) {
 }
 
 // One CTA owns 64 keys per consumer warpgroup and meets every block of query rows that sees them.
-// `kIsFull`: the order of products for long rows without a mask.
-template <class I, bool kHasSoftcap, bool kIsFull = false>
+template <class I, bool kHasSoftcap>
 struct BackwardTraits {
   using Element = typename I::Element;
   static constexpr bool kSoftcap = kHasSoftcap;
-  static constexpr bool kFull = kIsFull;
   static constexpr int kHeadDim = I::kHeadDim;
   static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
   static constexpr int kPaddedDim = kChunks * kChunkColumns;
@@ -33,8 +36,9 @@ struct BackwardTraits {
   static constexpr int kBlockQ = kGradientRows;
   static constexpr int kKeysPerWarpgroup = 64;
   static constexpr int kBlockKV = kKeysPerWarpgroup * kConsumers;
-  static constexpr int kStagesQ = 3;  // a block is held until its dK, into the next step
-  static constexpr int kStagesDO = 3;
+  static constexpr int kStagesQ = 3;
+  static constexpr int kStagesDO = 2;
+  static constexpr int kStagesDS = 3;  // read a step later, by a warpgroup half a step behind
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
@@ -49,11 +53,11 @@ struct BackwardTraits {
     alignas(1024) TileKV k, v;
     TileQ q[kStagesQ], dout[kStagesDO];
     float dq[kConsumers][kBlockQ * kColumnsDQ];  // on its way to L2, in accumulator order
-    TileDS ds[2];                                // one is read while one is written
+    TileDS ds[kStagesDS];
     float lse[kStagesQ][kBlockQ];
     float delta[kStagesDO][kBlockQ];
     int row[kStagesQ];               // first row of the block in the slot
-    int suspicious[2];               // per slot of dS: a masked score was not finite
+    int suspicious[kStagesDS];       // per slot of dS: a masked score was not finite
     uint32_t poison[kBlockKV / 32];  // a bit for every key that was not finite
     Barrier k_full, v_full, landed;
     Barrier q_full[kStagesQ], q_free[kStagesQ];
