@@ -7,6 +7,7 @@
 //   warpgroup:     dS(i)        | P(i+1)        | dS(i+1)        | ...
 #pragma once
 
+#include "v3_hopper/finish_narrow.cuh"
 #include "v3_hopper/gemm_backward.cuh"
 #include "v3_hopper/guard_backward.cuh"
 #include "v3_hopper/load_backward.cuh"
@@ -319,6 +320,14 @@ __global__ __launch_bounds__(Traits::kThreads,
                             self.take_tile(ring, steps.count(), parity);
                             arrive_warp(shared.tile_free[slot]);
                           });
+    if constexpr (Traits::kFinishes) {
+      // Its gradients are stored; K and V of its keys are read by nobody any more.
+      named_sync(kWarpgroupDone + warpgroup - 1, kWarpgroup);
+      const int warp = threadIdx.x / 32 % 4;
+      auto& rows = warp < 2 ? shared.k[0][0] : shared.v[0][0];
+      const int row = Traits::kKeysPerWarpgroup * (warpgroup - 1);
+      finish_dq_blocks<Traits>(p, scratch, shared_address(rows[row]) + warp % 2 * kRoundedBytes);
+    }
   }
 }
 

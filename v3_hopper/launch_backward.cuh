@@ -15,7 +15,7 @@ namespace flash::v3 {
 
 // Bytes of scratch memory in the order of its parts, each 256-byte aligned.
 struct ScratchLayout {
-  int64_t blocks, dq, stats, turns;  // behind the turns: the next tile, heads done
+  int64_t blocks, dq, stats, turns;  // behind the turns: next tile and share, heads done
 
   ScratchLayout(const Problem& p, int dim, bool varlen) {
     const int64_t uniform = p.batch * blocks_of(p.seqlen_q);
@@ -24,7 +24,7 @@ struct ScratchLayout {
     dq = p.heads_q * blocks * kGradientRows * dim * int64_t(sizeof(float));
     stats = p.heads_q * blocks * kGradientRows * int64_t(sizeof(float));
     const int64_t heads = int64_t(p.batch) * p.heads_kv;
-    turns = ((p.heads_q * blocks * 2 + 1 + heads) * int64_t(sizeof(int)) + 255) / 256 * 256;
+    turns = ((p.heads_q * blocks * 2 + 2 + heads) * int64_t(sizeof(int)) + 255) / 256 * 256;
   }
   int64_t bytes() const { return dq + 2 * stats + turns; }
 };
@@ -68,7 +68,8 @@ inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
   scratch.delta = reinterpret_cast<float*>(base + layout.dq + layout.stats);
   scratch.turn = reinterpret_cast<int*>(base + layout.dq + 2 * layout.stats);
   scratch.next_tile = scratch.turn + p.heads_q * layout.blocks * 2;
-  scratch.done = scratch.next_tile + 1;
+  scratch.next_share = scratch.next_tile + 1;
+  scratch.done = scratch.next_share + 1;
   scratch.blocks = layout.blocks;
   scratch.tiles_per_head = (p.seqlen_k + block_kv - 1) / block_kv;
   scratch.shares = 0;
@@ -141,7 +142,7 @@ cudaError_t launch_medium(const BackwardParams& p) {
   return status;
 }
 
-// Up to 96 dims: the same with CTAs that stay, one per multiprocessor.
+// Up to 96 dims: the same with CTAs that stay, one per multiprocessor. Up to 64 they also round dQ.
 template <class Traits>
 cudaError_t launch_narrow(const BackwardParams& p) {
   using Element = typename Traits::Element;
@@ -149,21 +150,24 @@ cudaError_t launch_narrow(const BackwardParams& p) {
   cudaError_t status = make_backward_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockKV);
   if (status != cudaSuccess) return status;
   constexpr int kDim = Traits::kDimDQ;
-  const Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
+  Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
   const dim3 rows = row_blocks(p);
   const int64_t tiles = int64_t(scratch.tiles_per_head) * p.heads_kv * p.batch;
   if (tiles > (1 << 30)) return cudaErrorInvalidValue;  // tiles are counted in 32 bits
+  // It rounds dQ itself, if there is work for it at all.
+  const bool finishes = Traits::kFinishes && tiles > 0;
+  if (finishes) scratch.shares = narrow_shares(p);
   if (rows.x > 0) {
     status = launch(prepare_rows<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
   } else {
-    status = cudaMemsetAsync(scratch.next_tile, 0, sizeof(int), p.stream);
+    status = cudaMemsetAsync(scratch.next_tile, 0, 2 * sizeof(int), p.stream);  // and the share
   }
   if (status == cudaSuccess && tiles > 0) {
     const dim3 grid(unsigned(std::min<int64_t>(tiles, multiprocessors())));
     status = launch(backward_narrow<Traits>, grid, Traits::kThreads, Traits::kSharedBytes, p.stream,
                     p, maps, scratch, int(tiles));
   }
-  if (status == cudaSuccess && rows.x > 0) {
+  if (status == cudaSuccess && rows.x > 0 && !finishes) {
     status = launch(round_dq<Element, kDim, Traits::kTransposed>, rows, kRowThreads, 0, p.stream, p,
                     scratch);
   }

@@ -19,6 +19,7 @@ struct NarrowTraits {
   static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
   static_assert(kHeadDim <= 96 && I::kHeadDimV == kHeadDim, "registers");
   static constexpr bool kTransposed = kChunks == 1;
+  static constexpr bool kFinishes = kTransposed;  // rounds dQ, too
   static constexpr int kDimDQ = kTransposed ? kChunkColumns : kHeadDim;
   static constexpr int kColumnsDQ = kDimDQ / kChunks;
   static constexpr int kConsumers = 2;  // warpgroups
@@ -238,6 +239,9 @@ __device__ __forceinline__ void add_dq_of_tiles(typename Traits::Shared& shared,
           shared.dq_free[buffer].arrive();
           parity ^= 1;
           if (mine == 0 || p.deterministic) pass_turn(turn);
+        }
+        if (Traits::kFinishes) {
+          pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
         }
       });
 }

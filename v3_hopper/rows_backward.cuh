@@ -69,7 +69,10 @@ template <class Element, int kDim, bool kSumsDQ>
 __global__ __launch_bounds__(kRowThreads) void prepare_rows(
     const __grid_constant__ BackwardParams p, const __grid_constant__ Scratch scratch) {
   constexpr int kLanes = kDim <= 64 ? 8 : kDim <= 128 ? 16 : 32;  // per row
-  if (kSumsDQ && blockIdx.x == 0 && threadIdx.x == 0) *scratch.next_tile = 0;
+  if (kSumsDQ && blockIdx.x == 0 && threadIdx.x == 0) {
+    *scratch.next_tile = 0;
+    *scratch.next_share = 0;
+  }
   const RowBlock block(p, scratch);
   const int group = p.heads_q / p.heads_kv;
   if (kSumsDQ && block.row == 0 && block.head % group == 0 && threadIdx.x == 0) {

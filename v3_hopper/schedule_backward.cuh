@@ -14,6 +14,7 @@ struct Scratch {
   float* delta;        // likewise, dLSE - rowsum(dO * O)
   int* turn;           // (heads_q, blocks, 2): contributions so far
   int* next_tile;      // of key tiles, what no CTA has taken yet
+  int* next_share;     // of dQ, what no warp has taken to round
   int* done;           // (batch, heads_kv): key tiles whose adds to dQ are done, by each adder
   int64_t blocks;      // per head, in all sequences
   int tiles_per_head;  // key blocks of the longest sequence
