@@ -61,7 +61,7 @@ SMALL = (
     Shape("packed, long", (1100, 30, 70), (90, 20, 100), packed=True, options={"causal": True}),
 )  # fmt: skip
 LONG = Shape("long", (8200,), (70,), heads=32, heads_kv=1)  # v3's tiles of long sequences
-ROUNDS = Shape("many rounds", (500,), (70,), heads=340, heads_kv=1)  # each CTA has 5 tiles or more
+ROUNDS = Shape("many rounds", (100,), (70,), heads=680, heads_kv=1)  # each CTA has 5 tiles or more
 QUANTIZED = tuple(Shape(f"scale per {name}", options={"granularity": name})
                   for name in ("tensor", "head"))  # fmt: skip
 DETERMINISTIC = replace(SMALL[1], name="causal, deterministic",

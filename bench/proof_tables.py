@@ -180,9 +180,6 @@ def summary(folder: Path, tools: tuple[str, ...] = TOOLS) -> str:
         parts.append(
             f"compute-sanitizer ({used}): {said or 'clean' if present else 'of earlier sources'}."
         )
-        open_ones = [row for v in digest.VERSIONS for row in record.findings(v, folder.parent)]
-        parts += [f"Open, {r['version']} {r['direction']} {r['tool']}: {r['why']}"
-                  for r in open_ones]  # fmt: skip
     rows = record.read(folder / "repeat.json").get("repeat", [])
     if rows:
         parts.append(f"{sum(r['runs'] for r in rows):,} repeated runs of {len(rows)} kernels and "

@@ -10,12 +10,11 @@ from typing import Any
 from bench import digest
 from flash.study.files import Row, environment, merge, now, read, slug, write
 
-__all__ = ["FINDINGS", "PENDING", "RESULTS", "commit", "environment", "findings", "head", "merge",
+__all__ = ["PENDING", "RESULTS", "commit", "environment", "head", "merge",
            "now", "pending", "read", "slug", "write"]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PENDING = "pending.json"  # versions whose present sources have no passing GPU run, and why
-FINDINGS = "findings.json"  # what the sanitizer reports of exactly these sources, and what it is
 
 
 def commit() -> str:
@@ -35,10 +34,3 @@ def head(board: dict[str, Any]) -> Row:
 def pending(results: Path = RESULTS) -> dict[str, Row]:
     """Version -> {digest, why}: the exceptions to the rule that what is listed has passed."""
     return read(results / PENDING)
-
-
-def findings(version: str, results: Path = RESULTS) -> list[Row]:
-    """The exceptions to the rule that the sanitizer finds nothing in the present sources."""
-    now = digest.digest(version)
-    listed: list[Row] = read(results / FINDINGS).get("sanitizer", [])
-    return [row for row in listed if row["version"] == version and row["digest"] == now]

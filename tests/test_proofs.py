@@ -37,18 +37,11 @@ CLEAN = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)
 @recorded
 @pytest.mark.parametrize("version", WITH_KERNELS)
 def test_what_was_seen_of_the_present_sources_is_clean(version: str) -> None:
-    """Or bench/results/findings.json says, for exactly these sources, how many reports, and what
-    they are; it names none that is not there."""
-    columns = ("direction", "tool", "errors", "warnings")
-    odd = []
     for path in FILES:
         rows = proof_tables.current(path.parent, path.name, "sanitizer", version)
-        odd += [row for row in rows if row.get("errors") or row.get("warnings")]
+        assert not [row for row in rows if row.get("errors") or row.get("warnings")]
         rows = proof_tables.current(path.parent, path.name, "repeat", version)
         assert not [row for row in rows if row["differing"]]
-    told = record.findings(version)
-    assert [[row[c] for c in columns] for row in odd] == [[row[c] for c in columns] for row in told]
-    assert all(len(row["why"]) > 100 for row in told)
 
 
 @recorded
