@@ -32,8 +32,10 @@ def sanitized(folder: Path) -> str:
     lines = []
     for version, way in sorted({(row["version"], row["direction"]) for row in rows}):
         own = {r["tool"]: r for r in rows if (r["version"], r["direction"]) == (version, way)}
-        found = next(iter(own.values()))
-        cells = [verdict(own[tool]) if tool in own else "–" for tool in tools]
+        found = max(own.values(), key=lambda row: row["date"])
+        earlier = {t for t, row in own.items() if row["digest"] != found["digest"]}
+        cells = [verdict(own[t]) + " (of earlier sources)" * (t in earlier) if t in own else "–"
+                 for t in tools]  # fmt: skip
         lines.append((f"`{version}`", way, len(found["kernels"]), *cells, found["digest"],
                       found["date"][:10]))  # fmt: skip
     columns = ("version", "direction", "kernels", *tools, "sources", "date")
@@ -161,6 +163,9 @@ def reached(folder: Path, tools: tuple[str, ...] = TOOLS) -> str:
         every_one = [f"every kernel of {' and '.join(whole)}"] if whole else []
         kernels = ", ".join([*every_one, *partly])
         parts.append(f"{what} {verb} seen {kernels} as they are now{how}.")
+        for version in (v for v, (some, every) in counts.items() if how and some < every):
+            ended = [tool for tool in tools if listed(version) <= seen_by(folder, tool, version)]
+            parts += [f"Of `{version}`, all by {', '.join(ended)}."] if ended else []
     return " ".join(parts)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ages, breadth, plots, proof_tables, record, study_tables
+from bench import ages, breadth, plots, proof_tables, record, study_tables, sweep_tables
 from bench.digest import ROOT, instances
 from bench.study_tables import markdown
 from flash.study.sources import Source, collect
@@ -254,6 +254,7 @@ def filled(text: str, results: Path) -> str:
         "evolution": lambda: evolution(results),
         "timeline": lambda: traced(results),
         "fp8": lambda: fp8(results),
+        **sweep_tables.makers(lambda make: for_each_gpu(results, make)),
         "breadth": lambda: broad(results, "forward"),
         "breadth_backward": lambda: broad(results, "backward"),
     }

@@ -54,3 +54,6 @@ def test_what_the_proofs_have_reached(tmp_path: Path) -> None:
     count = len(proof_tables.listed("v3_hopper"))
     assert said.startswith("compute-sanitizer has seen every kernel of `v1_tiling` and `v2_par")
     assert f", {count - 1} of {count} of `v3_hopper` as they are now with all its 1" in said
+    both = proof_tables.reached(tmp_path, ("racecheck", "memcheck"))
+    assert "Of `v2_parallel`, all by racecheck." in both
+    assert "Of `v3_hopper`" not in both

@@ -83,10 +83,12 @@ def read(path: Path) -> Row:
 def text_of(content: Row) -> str:
     """One row a line, so that a diff shows what moved."""
     rows = content.get("rows")
-    text = json.dumps({k: v for k, v in content.items() if k != "rows"}, indent=1)
+    head = {k: v for k, v in content.items() if k != "rows"}
+    text = json.dumps(head, indent=1)
     if rows is not None:
         lines = ",\n  ".join(json.dumps(row) for row in rows)
-        text = f'{text[:-2]},\n "rows": [\n  {lines}\n ]\n}}'
+        before = f"{text[:-2]}," if head else "{"
+        text = f'{before}\n "rows": [\n  {lines}\n ]\n}}'
     return text + "\n"
 
 
