@@ -17,7 +17,7 @@ struct KeysTraits {
   static constexpr int kHeadDimV = I::kHeadDimV;
   static constexpr int kBlockQ = kGradientRows;
   static constexpr int kBlockKV = 64;
-  static constexpr int kKeysPerWarpgroup = 0;  // both own all 64
+  static constexpr int kKeysPerWarpgroup = 0;       // both own all 64
   static constexpr int kColumnsDQ = kChunkColumns;  // K's chunks: dQ has a kernel of its own
   static constexpr int kStagesQ = 2;
   static constexpr int kStagesDO = 2;
