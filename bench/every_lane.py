@@ -1,9 +1,10 @@
 """v3's kernels as the sanitizer can follow them: every lane of a warp arrives at a barrier.
 
-In the kernels one lane arrives for its warp, behind a __syncwarp. By the PTX memory model that
-orders whatever all lanes have read and written before; racecheck does not follow it, which
-race_probe.cu shows on a kernel of nothing else. So racecheck sees copies of these kernels in which
-each lane arrives for itself; the meetings, and everything else, are the same.
+In the kernels one lane arrives for its warp, behind a __syncwarp, or for its warpgroup, behind a
+named barrier. By the PTX memory model that orders whatever all of them have read and written
+before; racecheck does not follow it, which race_probe.cu shows for a warp on a kernel of nothing
+else. So racecheck sees copies of these kernels in which each lane arrives for itself; the meetings,
+and everything else, are the same.
 
 And two warpgroups meet at one named barrier from two branches. PTX wants the same instruction of
 the threads of a warp only; synccheck calls it divergent, on the probe too. In the copies each of

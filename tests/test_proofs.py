@@ -84,6 +84,18 @@ def test_one_lane_arrives_behind_a_meeting() -> None:
             assert before.strip() == "__syncwarp();", file
 
 
+def test_a_description_is_given_back_behind_a_meeting() -> None:
+    """Nor this: of all who have read it, one arrives."""
+    meetings = ("__syncwarp();", "sync();  // every thread has read its last of it")
+    for name in ("pipe", "fp8_pipe", "load", "guard"):
+        lines = (digest.ROOT / "v3_hopper" / f"{name}.cuh").read_text().splitlines()
+        found = [i for i, line in enumerate(lines) if re.search(r"work_empty.*\.arrive\(\);", line)]
+        assert found, name
+        for i in found:
+            assert lines[i].strip().startswith("if ("), name
+            assert {line.strip() for line in lines[i - 2 : i]} & set(meetings), name
+
+
 def test_recorded_calls_were_right() -> None:
     """The calls that the sanitizer saw computed what they should: no kernel was watched idle."""
     for path in FILES:
