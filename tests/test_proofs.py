@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def test_recorded_calls_were_right() -> None:
     for path in FILES:
         for row in (*record.read(path).get("sanitizer", []), *record.read(path).get("repeat", [])):
             assert row["error"] is None or row["error"] < 0.08, row
+
+
+def test_a_blind_tool_runs_only_where_it_is_named() -> None:
+    every = argparse.Namespace(tool=None, version=None, direction=None)
+    parts = sanitize.asked_for(every)
+    assert len(parts) == len(set(parts)) == (3 * 4 - 1) * 2
+    assert {tool for name, _, tool in parts if name == "v3"} == {*sanitize.TOOLS} - {"initcheck"}
+    named = argparse.Namespace(tool=["initcheck"], version=["v3"], direction=["forward"])
+    assert sanitize.asked_for(named) == [("v3", "forward", "initcheck")]
 
 
 def test_a_report_is_grouped_and_counted() -> None:
