@@ -10,8 +10,8 @@ from typing import Any
 from bench import digest
 from flash.study.files import Row, environment, merge, now, read, slug, write
 
-__all__ = ["PENDING", "RESULTS", "commit", "environment", "head", "merge",
-           "now", "pending", "read", "slug", "write"]  # fmt: skip
+__all__ = ["PENDING", "RESULTS", "commit", "environment", "head", "merge", "now", "pending",
+           "read", "slug", "write"]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PENDING = "pending.json"  # versions whose present sources have no passing GPU run, and why

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import host, plots
 from flash.study import accuracy, timeline
-from flash.study.facts import apart, picojoules, regular
+from flash.study.facts import apart, by_case, picojoules, regular
 from flash.study.ratios import geomean, winners
 from flash.study.sources import Source
 
@@ -97,12 +97,8 @@ def against(
     source: Source, name: str, peers: Sequence[str], way: str
 ) -> Iterable[tuple[tuple[int, str, int], float]]:
     """(d, mask, S) and speed over that of the fastest peer there, 16-bit."""
-    cases: dict[tuple[int, str, int], dict[str, float]] = {}
-    for r in regular(source.rows):
-        if r["direction"] == way and r["dtype"] == "bfloat16":
-            key = (r["head_dim"], r["mask"], r["seqlen"])
-            cases.setdefault(key, {})[r["competitor"]] = r["tflops"]
-    for key, found in cases.items():
+    rows = [r for r in regular(source.rows) if (r["direction"], r["dtype"]) == (way, "bfloat16")]
+    for key, found in by_case(rows).items():
         best = max((found[p] for p in peers if p in found), default=0.0)
         if name in found and best:
             yield key, found[name] / best

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from grid import BF16, FP16, FP32, Case, vary
 
 DIMS = [8, 24, 32, 64, 72, 96, 128, 160, 192, 256]
@@ -19,8 +21,8 @@ def masked(shapes: list[Case]) -> list[Case]:
     return [c for mask in MASKS for c in vary(shapes, **{k: [v] for k, v in mask.items()})]
 
 
-def shaped(edges: list[tuple[int, int]], **rest: object) -> list[Case]:
-    return [Case(n, m, **rest) for n, m in edges]  # type: ignore[arg-type]
+def shaped(edges: list[tuple[int, int]], **rest: Any) -> list[Case]:
+    return [Case(n, m, **rest) for n, m in edges]
 
 
 HEADS = [{"heads_q": 4, "heads_kv": 1}, {"heads_q": 6, "heads_kv": 2}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -237,13 +237,15 @@ def spoiled_together(entry: Entry) -> Iterator[Spoiled]:
     def retype(dtype: torch.dtype) -> Callable[[Kwargs, torch.device], Kwargs]:
         return lambda given, _d: {name: given[name].to(dtype) for name in entry.qkv}
 
+    heads = entry.axis("h")
+
+    def with_heads(count: int, names: Sequence[str]) -> Callable[[Kwargs, torch.device], Kwargs]:
+        return lambda given, _d: {name: cut(given[name], heads, count) for name in names}
+
     for dim in (0, 3, 20, 257, 264, 512):
         yield Spoiled(entry, f"dim{dim}", resize(dim), flash.UnsupportedError)
     for dtype in WRONG_DTYPES:
         yield Spoiled(entry, f"all-{str(dtype)[6:]}", retype(dtype), TypeError)
-    heads = entry.axis("h")
-    for count, name in ((3, entry.qkv[0]), (0, entry.qkv[0])):
-        change: Any = lambda k, _d, n=name, c=count: {n: cut(k[n], heads, c)}  # noqa: E731
-        yield Spoiled(entry, f"{count}-heads", change, ValueError)
-    none: Any = lambda k, _d: {n: cut(k[n], heads, 0) for n in entry.qkv[1:]}  # noqa: E731
-    yield Spoiled(entry, "0-kv-heads", none, ValueError)
+    for count in (3, 0):
+        yield Spoiled(entry, f"{count}-heads", with_heads(count, entry.qkv[:1]), ValueError)
+    yield Spoiled(entry, "0-kv-heads", with_heads(0, entry.qkv[1:]), ValueError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -125,12 +126,12 @@ def test_band_is_the_mask(case: Case) -> None:
 def test_ring_delivers_in_order_and_runs_ahead(stages: int, tiles: int) -> None:
     loaded: list[int] = []
 
-    def produce() -> object:
+    def produce() -> Iterator[int]:
         for n in range(tiles):
             loaded.append(n)
             yield n
 
-    ring: Ring[int] = Ring(stages, produce())  # type: ignore[arg-type]
+    ring: Ring[int] = Ring(stages, produce())
     for n in range(tiles):
         assert ring.wait() == n
         assert len(loaded) == min(tiles, n + stages)  # never over a stage still in use

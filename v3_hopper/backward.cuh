@@ -2,9 +2,9 @@
 // them.
 //
 // Scores are computed transposed (S^T = K Q^T), so P^T and dS^T go from accumulators straight into
-// the products of dV and dK; dQ leaves for L2 from registers. It takes the dS of both warpgroups,
-// and is computed a step later, so that they need not meet: they issue products in turn, half a
-// step apart, and what one of them computes lies beside the products of the other.
+// the products of dV and dK; dQ leaves for L2 by way of shared memory. It takes the dS of both
+// warpgroups, and is computed a step later, so that they need not meet: they issue products in
+// turn, half a step apart, and what one of them computes lies beside the products of the other.
 //   tensor cores:  dV(i) dK(i) dQ(i-1) S(i+1) dP(i+1)  | the other's         | dV(i+1) dK(i+1) ...
 //   warpgroup:                       add dQ(i-1) | P(i+1)  dS(i+1) |
 #pragma once
@@ -79,7 +79,7 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   self.arrive(shared.dout_free[slot_do]);
   if constexpr (!kLast) start_scores(self, r, ring.q);
   if (!first && shared.suspicious[before]) self.remove_poison(before);
-  issue_dq(self, r, before);  // before the first block of nothing, and for nothing
+  issue_dq(self, r, before);  // in the first step of no block, and not used
   if constexpr (!kLast) {
     issue_scores(self, r, ring.q);
     wgmma_wait<1>();  // dK and dQ are there

@@ -1,5 +1,5 @@
 // The backward pass of narrow heads: as backward.cuh, but dQ has a warpgroup of its own, and a CTA
-// takes one key tile after the other while the copy engine is a tile ahead.
+// takes one key tile after the other, up to 64 dims while the copy engine is a tile ahead.
 //
 // Consumers wait for nobody but the copy engine, and no product is waited for before it has had
 // time:

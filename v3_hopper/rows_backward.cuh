@@ -63,8 +63,8 @@ __device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// delta = rowsum(dO * O) - dLSE, LSE in the unit
-// that scores start with (softcap: base 2), and turns at zero. Both are stored negated.
+// delta = rowsum(dO * O) - dLSE, LSE in the unit that scores start with (softcap: base 2), and
+// turns at zero. Both are stored negated.
 template <class Element, int kDim, bool kSumsDQ>
 __global__ __launch_bounds__(kRowThreads) void prepare_rows(
     const __grid_constant__ BackwardParams p, const __grid_constant__ Scratch scratch) {
@@ -127,7 +127,7 @@ __device__ __forceinline__ void round_block(Element* rows, const float4 (&sums)[
   }
 }
 
-// or, of narrow heads, transposed (64 dims, rows) of one warpgroup.
+// or transposed (64 dims, rows), of one warpgroup: of narrow heads where there are no keys.
 template <int kStride, class Element, int N>
 __device__ __forceinline__ void round_transposed(Element* rows, const float4 (&sums)[N],
                                                  float scale) {

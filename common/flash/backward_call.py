@@ -43,9 +43,10 @@ def run(
     ready = calls.Ready(spec, name, swap, False, None, factor, None, varlen)
     found = _launch(ready, *checked)
     if swap:
-        return tuple(x.transpose(1, 2) for x in found) if grads == (None,) * 3 else tuple(
+        dq, dk, dv = (
             f.transpose(1, 2) if g is None else g for f, g in zip(found, grads, strict=True)
-        )  # type: ignore[return-value] # fmt: skip
+        )
+        return dq, dk, dv
     return found
 
 

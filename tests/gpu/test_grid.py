@@ -44,7 +44,7 @@ LONG = [  # v3 takes its long tiles where all heads have 2^18 rows
     *vary([Case(8193, 300, heads_q=32, heads_kv=1)], dim=[96, 128], window=[(500, 3), (None, 64)]),
     *vary([Case(262201, 260, heads_q=1, heads_kv=1, causal="top-left")], dim=[96, 128]),
 ]  # fmt: skip
-LONG_ROWS = [  # from 2048 rows on v3 has an order of its own where nothing is masked
+LONG_ROWS = [  # unmasked, from 2048 rows on: at d = 128 v3 rounds dQ in the grid that sums it
     *vary([Case(2111, 1100), Case(2049, 700, heads_q=4, heads_kv=1, dtype=FP16)], dim=[96, 128])
 ]
 GROUPS = [

@@ -7,7 +7,7 @@ even when it holds NaN: its products are taken with zeros and visible non-finite
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -208,8 +208,7 @@ def _backward(
         delta = delta - _stats(dlse, heads_kv, dtype)
     dk, dv = torch.zeros_like(gk[:, :, 0]), torch.zeros_like(gv[:, :, 0])
     for rows in band.row_blocks():
-        take: Callable[[Tensor], Tensor] = lambda x: x[..., rows, :]  # noqa: B023, E731
-        block = (take(gq), take(gdo), take(glse), take(delta))
+        block = tuple(x[..., rows, :] for x in (gq, gdo, glse, delta))
         dq = _backward_rows(band, rows, block, (gk, gv), (dk, dv), spec)
         grads.dq[:, rows] = dq.permute(0, 3, 1, 2, 4).flatten(2, 3).to(grads.dq.dtype)
     grads.dk.copy_(dk.transpose(1, 2))
@@ -219,7 +218,7 @@ def _backward(
 def _backward_rows(
     band: Band,
     rows: slice,
-    block: tuple[Tensor, Tensor, Tensor, Tensor],
+    block: tuple[Tensor, ...],
     kv: tuple[Tensor, Tensor],
     dkv: tuple[Tensor, Tensor],
     spec: Spec,

@@ -18,6 +18,15 @@ def apart(rows: list[Row]) -> float:
     return max(abs(x - y) / y for r in rows for x, y in zip(r["losses"], base, strict=True))
 
 
+def by_case(rows: Iterable[Row]) -> dict[tuple[int, str, int], dict[str, float]]:
+    """(d, mask, S) -> TFLOP/s of each competitor."""
+    found: dict[tuple[int, str, int], dict[str, float]] = {}
+    for row in rows:
+        case = (row["head_dim"], row["mask"], row["seqlen"])
+        found.setdefault(case, {})[row["competitor"]] = row["tflops"]
+    return found
+
+
 def regular(rows: Iterable[Row]) -> list[Row]:
     """Plain self-attention, full or causal."""
     rare = ("seqlen_k", "heads_kv", "head_dim_v", "softcap")
