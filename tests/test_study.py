@@ -164,7 +164,7 @@ def test_list_names_presets_and_backends() -> None:
         ["bench", "--columns", "beauty"],
         ["compare"],
         ["compare", "pyproject.toml", "--fp8"],
-        ["compare", "--fp8", "--head-dim", "96"],
+        ["compare", "--fp8", "--head-dim", "80"],
         ["compare", "--fp8", "--seqlen", "0"],
         ["compare", "missing.json"],
         ["compare", "pyproject.toml", "pyproject.toml"],

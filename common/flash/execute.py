@@ -81,19 +81,14 @@ def settle(
 def quantized(
     q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None
 ) -> tuple[Tensor, Tensor, Tensor, Descale]:
-    """16-bit tensors as e4m3, one scale per block of rows and K/V head.
-
-    Q and K are rotated by the Hadamard matrix where the head dim is a power of two.
-    """
+    """16-bit tensors as e4m3, one scale per block of rows and K/V head; Q and K are rotated."""
     from flash.checks_more import BLOCK
     from flash.quantize import quantize_fp8, quantize_packed
 
-    dim = q.shape[-1]
-    rotate = dim & (dim - 1) == 0
     if varlen is None:
-        found = quantize_fp8(q, k, v, granularity="block", hadamard=rotate)
+        found = quantize_fp8(q, k, v, granularity="block")
     else:
-        found = quantize_packed(q, k, v, varlen, rotate, BLOCK)
+        found = quantize_packed(q, k, v, varlen, True, BLOCK)
     rows = [0 if s.shape[1] == 1 else BLOCK for s in (found.q_descale, found.k_descale)]
     return *found[:3], Descale(*found[3:], *rows)
 

@@ -38,7 +38,8 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
 
     "block": one scale for each K/V head and block of rows (of Q: over the query heads that share
     the K/V head). "head": one for each (batch, K/V head). "tensor": one in all. `hadamard` turns Q
-    and K by the same random orthogonal matrix, which leaves Q K^T as it is and spreads outliers.
+    and K by the same random orthogonal matrix, which leaves Q K^T as it is and spreads outliers; a
+    head dim that is no power of two in parts: 192 as three of 64, 96 as three of 32.
     V is rounded so that the errors of a column cancel over its rows; Q and K to the nearest.
     """
     if granularity not in GRANULARITIES:
@@ -80,7 +81,7 @@ def _joined(tasks: list[Task], granularity: str) -> QuantizedQKV:
 
 def _plainly(task: Task, granularity: str) -> tuple[Tensor, Tensor]:
     turned = signed_sums(task.x) if task.rotate else task.x
-    norm = task.x.shape[-1] ** -0.5 if task.rotate else 1.0
+    norm = part_of(task.x.shape[-1]) ** -0.5 if task.rotate else 1.0
     if task.packed is None:
         return quantize(turned, granularity, task.block, task.heads_kv, norm, task.spread)
     return _by_sequence(turned, task, norm)
@@ -102,21 +103,24 @@ def _by_sequence(x: Tensor, task: Task, norm: float) -> tuple[Tensor, Tensor]:
     return stored, scale
 
 
+def part_of(dim: int) -> int:
+    """The largest power of two that divides it: so many columns are turned together."""
+    return max(1, dim & -dim)
+
+
 def incoherent(x: Tensor) -> Tensor:
-    """x diag(signs) H / sqrt(dim) over the last dim, with H the Hadamard matrix of that size."""
-    return signed_sums(x) * (1.0 / math.sqrt(x.shape[-1]))
+    """x diag(signs) H / sqrt(n) on every n columns, with H the Hadamard matrix of that size."""
+    return signed_sums(x) * (1.0 / math.sqrt(part_of(x.shape[-1])))
 
 
 def signed_sums(x: Tensor) -> Tensor:
     """The same without its norm, which scales can take. In the kernel's order: its tensor cores add
     the 16 elements that differ in bits 0, 1, 4 and 5 of their index first."""
-    dim = x.shape[-1]
-    if dim & (dim - 1) or not dim:
-        raise ValueError(f"head_dim={dim}; the Hadamard transform needs a power of two")
+    dim, part = x.shape[-1], part_of(x.shape[-1])
     x = x.float() * random_signs(dim).to(x.device)
-    steps = (1, 2, 16, 32, 4, 8, *(1 << bit for bit in range(6, dim.bit_length())))
+    steps = (1, 2, 16, 32, 4, 8, *(1 << bit for bit in range(6, part.bit_length())))
     for step in steps:
-        if step < dim:
+        if step < part:
             pairs = x.unflatten(-1, (dim // (2 * step), 2, step))
             first, second = pairs.unbind(-2)
             x = torch.stack((first + second, first - second), -2).flatten(-3)
@@ -165,7 +169,7 @@ def spread_errors(x: Tensor) -> Tensor:
     A chain is what one thread of the kernel holds: rows of the same column that stand apart by the
     lines which a warp copies at once.
     """
-    apart = max(1, 256 // x.shape[-1])
+    apart = max(1, 256 // part_of(x.shape[-1]))
     rows = x.shape[2]
     x = torch.nn.functional.pad(x.movedim(2, -1), (0, -rows % (SPREAD_ROWS * apart)))
     chains = x.unflatten(-1, (-1, SPREAD_ROWS, apart))
