@@ -3,14 +3,13 @@
 from flash.capability import Capability, Row, Tile
 
 _DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-_FP8_DIMS = ((64, 64), (96, 96), (128, 128), (256, 256))
 
 CAPABILITY = Capability(
     name="v3_hopper",
     idea="producer and consumers over a ring of stages; softmax between the GEMMs; FP8",
     rows=(
         Row(("float16", "bfloat16"), (9, 0), _DIMS, _DIMS, (9, 0), image="sm_90a"),
-        Row(("float8_e4m3fn",), (9, 0), _FP8_DIMS, (), (9, 0), image="sm_90a"),
+        Row(("float8_e4m3fn",), (9, 0), _DIMS, (), (9, 0), image="sm_90a"),
     ),
     features=("causal", "window", "softcap", "gqa", "varlen", "fp8", "varlen fp8", "lse",
               "lse gradient", "deterministic", "strides", "head_dim_v"),

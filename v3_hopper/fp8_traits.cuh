@@ -9,19 +9,28 @@ namespace flash::v3::fp8 {
 // The producer's warps: the first one schedules and loads, the others transpose.
 inline constexpr int kTransposers = 3;
 
-// The sizes that were tuned, per head dim: consumers, K/V stages, stages of V as it comes, Q
-// stages.
-template <int kHeadDim>
+// The sizes that were tuned, per head dims: consumers, K/V stages, stages of V as it comes, Q
+// stages, columns of P V that are computed at a time.
+template <int kHeadDim, int kHeadDimV>
 struct Tuning {
-  static constexpr int kConsumers = 3, kStages = 4, kStagesRaw = 2, kStagesQ = 2;
+  static constexpr int kConsumers = 3, kStages = 4, kStagesRaw = 2, kStagesQ = 2,
+                       kPartV = kHeadDimV < 128 ? kHeadDimV : 64;
 };
 template <>
-struct Tuning<64> {
-  static constexpr int kConsumers = 4, kStages = 4, kStagesRaw = 2, kStagesQ = 2;
+struct Tuning<64, 64> {
+  static constexpr int kConsumers = 4, kStages = 4, kStagesRaw = 2, kStagesQ = 2, kPartV = 64;
 };
 template <>
-struct Tuning<256> {
-  static constexpr int kConsumers = 2, kStages = 2, kStagesRaw = 2, kStagesQ = 1;
+struct Tuning<192, 128> {
+  static constexpr int kConsumers = 3, kStages = 2, kStagesRaw = 2, kStagesQ = 1, kPartV = 64;
+};
+template <>
+struct Tuning<192, 192> {
+  static constexpr int kConsumers = 2, kStages = 2, kStagesRaw = 2, kStagesQ = 1, kPartV = 96;
+};
+template <>
+struct Tuning<256, 256> {
+  static constexpr int kConsumers = 2, kStages = 2, kStagesRaw = 2, kStagesQ = 1, kPartV = 64;
 };
 
 // What transposing a tile of V takes besides: nothing, a look for NaN, or zeros in place of NaN and
@@ -52,7 +61,7 @@ template <class Instance, bool kFeaturedScores>
 struct Traits {
   using Element = e4m3;
   using Output = bf16;
-  using Tuned = Tuning<Instance::kHeadDim>;
+  using Tuned = Tuning<Instance::kHeadDim, Instance::kHeadDimV>;
   static constexpr bool kFeatured = kFeaturedScores;  // softcap, or a scale that is not positive
   static constexpr int kHeadDim = Instance::kHeadDim;
   static constexpr int kHeadDimV = Instance::kHeadDimV;
@@ -71,7 +80,7 @@ struct Traits {
   static_assert(registers_fit(kConsumers, kProducerRegisters, kConsumerRegisters));
 
   // P V is computed kPartV columns at a time, and the last part has 8 more for the row sums.
-  static constexpr int kPartV = kHeadDimV < 128 ? kHeadDimV : 64;
+  static constexpr int kPartV = Tuned::kPartV;
   static constexpr int kPartsV = kHeadDimV / kPartV;
   static constexpr int kSumColumns = 8;
   static_assert(kHeadDimV % kPartV == 0);
