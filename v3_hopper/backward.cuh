@@ -143,7 +143,7 @@ __global__ __launch_bounds__(Traits::kThreads,
   extern __shared__ uint8_t memory[];
   auto& shared = *align_shared<typename Traits::Shared>(memory);
   const int share = int(blockIdx.x) - scratch.tiles;  // of dQ, to be rounded
-  const KeyTile tile(p, scratch, share >= 0 ? 0 : int(blockIdx.x));
+  const auto tile = KeyTile::ordered(p, scratch, share >= 0 ? 0 : int(blockIdx.x));
   const Sequence sequence(p, tile.batch);
   const int key = tile.block * Traits::kBlockKV;
   if (share >= 0) {

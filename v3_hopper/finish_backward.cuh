@@ -16,23 +16,6 @@ inline __host__ __device__ int shares_per_head(const Problem& p) {
   return (blocks + kBlocksAtOnce - 1) / kBlocksAtOnce;
 }
 
-// Rounds the sums of a block of dQ into `rows` of `kStride` elements. They lie in the order of the
-// accumulators.
-template <int kStride, class Element, int N>
-__device__ __forceinline__ void round_sums(Element* rows, const float4 (&sums)[N], float scale) {
-  const int thread = threadIdx.x % kWarpgroup;
-  auto* mine = rows + (thread / 32 * 16 + thread % 32 / 4) * kStride + thread % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    auto put = [&](int row, float low, float high) {
-      const uint32_t pair = flash::pack<Element>(low * scale, high * scale);
-      *reinterpret_cast<uint32_t*>(mine + row * kStride + 8 * i) = pair;
-    };
-    put(0, sums[i].x, sums[i].y);
-    put(8, sums[i].z, sums[i].w);
-  }
-}
-
 // dQ = scale * its fp32 sums, for one block, by one warpgroup. `rows` is its own memory.
 template <int kDim, class Element>
 __device__ __forceinline__ void round_rows(const BackwardParams& p, const Scratch& scratch,

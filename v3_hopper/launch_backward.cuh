@@ -13,9 +13,13 @@
 
 namespace flash::v3 {
 
+inline constexpr int kLeastKeys = 64;  // of a tile of any kernel
+
 // Bytes of scratch memory in the order of its parts, each 256-byte aligned.
 struct ScratchLayout {
-  int64_t blocks, dq, stats, turns;  // behind the turns: next tile and share, heads done
+  int64_t blocks, dq, stats;
+  int64_t turns;  // behind them next tile and share, heads done
+  int64_t order;
 
   ScratchLayout(const Problem& p, int dim, bool varlen) {
     const int64_t uniform = p.batch * blocks_of(p.seqlen_q);
@@ -25,8 +29,9 @@ struct ScratchLayout {
     stats = p.heads_q * blocks * kGradientRows * int64_t(sizeof(float));
     const int64_t heads = int64_t(p.batch) * p.heads_kv;
     turns = ((p.heads_q * blocks * 2 + 2 + heads) * int64_t(sizeof(int)) + 255) / 256 * 256;
+    order = varlen ? (p.total_k / kLeastKeys + p.batch) * int64_t(sizeof(int2)) : 0;
   }
-  int64_t bytes() const { return dq + 2 * stats + turns; }
+  int64_t bytes() const { return dq + 2 * stats + turns + order; }
 };
 
 inline int multiprocessors() {
@@ -40,9 +45,8 @@ inline int multiprocessors() {
 // many as leave Q, dO and the fp32 dQ of all of them in L2 (of a group the query head that its
 // tiles are at), so few that a head's tiles still meet. All of them where there are few tiles: an
 // uneven end costs most there.
-inline int heads_at_once(const Problem& p, int tiles_per_head) {
-  const int64_t heads = int64_t(p.batch) * p.heads_kv;
-  if (p.window_left == kUnlimited && p.window_right == kUnlimited) return 1;
+inline int heads_at_once(const Problem& p, int64_t heads, int tiles_per_head, bool alike) {
+  if (alike) return 1;
   if (heads * tiles_per_head <= 4 * multiprocessors()) return std::max(int(heads), 1);
   const int64_t bytes_per_head = int64_t(p.seqlen_q) * p.head_dim * int64_t(2 + 2 + 4);
   constexpr int64_t kL2Share = 32 << 20;
@@ -71,11 +75,28 @@ inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
   scratch.next_share = scratch.next_tile + 1;
   scratch.done = scratch.next_share + 1;
   scratch.blocks = layout.blocks;
+  scratch.block_kv = block_kv;
   scratch.tiles_per_head = (p.seqlen_k + block_kv - 1) / block_kv;
   scratch.shares = 0;
   scratch.tiles = scratch.tiles_per_head * p.heads_kv * p.batch;
-  scratch.heads_at_once = heads_at_once(p, scratch.tiles_per_head);
+  const bool alike = p.window_left == kUnlimited && p.window_right == kUnlimited;
+  scratch.heads_at_once =
+      heads_at_once(p, int64_t(p.batch) * p.heads_kv, scratch.tiles_per_head, alike);
+  scratch.order = nullptr;
   return scratch;
+}
+
+// Packed sequences: their key tiles, as many as there may be, in an order that the device finds.
+// The tiles of all sequences count as those of one head.
+inline void order_packed(Scratch& scratch, const BackwardParams& p, int dim) {
+  const bool packed = p.cu_seqlens_q != nullptr && p.cu_seqlens_k != nullptr;
+  if (!packed || p.seqlen_q == 0 || p.seqlen_k == 0) return;
+  const ScratchLayout layout(p, dim, true);
+  scratch.order = reinterpret_cast<int2*>(reinterpret_cast<char*>(scratch.turn) + layout.turns);
+  scratch.tiles_per_head = int(std::min<int64_t>(int64_t(scratch.tiles_per_head) * p.batch,
+                                                 p.total_k / scratch.block_kv + p.batch));
+  scratch.tiles = scratch.tiles_per_head * p.heads_kv;
+  scratch.heads_at_once = heads_at_once(p, p.heads_kv, scratch.tiles_per_head, false);
 }
 
 template <class Element>
@@ -126,6 +147,7 @@ cudaError_t launch_medium(const BackwardParams& p) {
   if (status != cudaSuccess) return status;
   constexpr int kDim = Traits::kHeadDim;
   Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
+  order_packed(scratch, p, kDim);
   scratch.shares = shares_of_dq(p, scratch);
   const dim3 rows = row_blocks(p);
   const dim3 grid(scratch.tiles + scratch.shares);
@@ -137,7 +159,7 @@ cudaError_t launch_medium(const BackwardParams& p) {
                     maps, scratch);
   }
   if (status == cudaSuccess && rows.x > 0 && scratch.shares == 0) {
-    status = launch(round_dq<Element, kDim, false>, rows, kRowThreads, 0, p.stream, p, scratch);
+    status = launch(round_dq<Element, kDim>, rows, kRowThreads, 0, p.stream, p, scratch);
   }
   return status;
 }
@@ -154,9 +176,7 @@ cudaError_t launch_narrow(const BackwardParams& p) {
   const dim3 rows = row_blocks(p);
   const int64_t tiles = int64_t(scratch.tiles_per_head) * p.heads_kv * p.batch;
   if (tiles > (1 << 30)) return cudaErrorInvalidValue;  // tiles are counted in 32 bits
-  // It rounds dQ itself, if there is work for it at all.
-  const bool finishes = Traits::kFinishes && tiles > 0;
-  if (finishes) scratch.shares = narrow_shares(p);
+  if (Traits::kFinishes) scratch.shares = narrow_shares(p);
   if (rows.x > 0) {
     status = launch(prepare_rows<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
   } else {
@@ -167,9 +187,12 @@ cudaError_t launch_narrow(const BackwardParams& p) {
     status = launch(backward_narrow<Traits>, grid, Traits::kThreads, Traits::kSharedBytes, p.stream,
                     p, maps, scratch, int(tiles));
   }
-  if (status == cudaSuccess && rows.x > 0 && !finishes) {
-    status = launch(round_dq<Element, kDim, Traits::kTransposed>, rows, kRowThreads, 0, p.stream, p,
-                    scratch);
+  if (status == cudaSuccess && rows.x > 0) {
+    if (tiles == 0) {
+      status = launch(clear_dq<Element>, rows, kRowThreads, 0, p.stream, p, scratch);
+    } else if constexpr (!Traits::kFinishes) {
+      status = launch(round_dq<Element, kDim>, rows, kRowThreads, 0, p.stream, p, scratch);
+    }
   }
   return status;
 }

@@ -50,40 +50,67 @@ __device__ __forceinline__ void load_transposed(uint32_t (&r)[N],
 }
 
 // The warp that fills shared memory, ahead of the consumers by the depth of the ring.
+//
+// What lies outside the rows that are needed belongs to no visible pair and may be NaN: it becomes
+// zero before consumers see the tile.
 template <class Traits>
 struct Producer {
   typename Traits::Shared& shared;
   const bool leader = elect_one();
   uint32_t landed = 0;  // parity of the barrier of tiles that are cleaned before use
 
-  // Loads one tile, chunks of 64 columns from every `kStep`-th on, with row statistics if there are
-  // any. What lies outside the rows `needed` belongs to no visible pair and may be NaN: it becomes
-  // zero.
+  template <class Tile>
+  __device__ __forceinline__ static bool is_clean(const Tile& tile, int first, Range needed) {
+    constexpr int kRows = sizeof(tile[0]) / kChunkBytes;
+    return first >= needed.begin && first + kRows <= needed.end;
+  }
+
+  // Sends for a tile, chunks of 64 columns from every `kStep`-th on, with row statistics if there
+  // are any.
   template <int kStep = kChunkColumns, class Tile>
-  __device__ __forceinline__ void load(Tile& tile, const CUtensorMap& map, Coordinate at,
+  __device__ __forceinline__ void send(Tile& tile, const CUtensorMap& map, Coordinate at,
                                        Barrier& full, Keep keep, int first, Range needed,
                                        float* stats = nullptr, const float* source = nullptr) {
     constexpr int kChunks = sizeof(Tile) / sizeof(tile[0]);
-    constexpr int kRows = sizeof(tile[0]) / kChunkBytes;
     constexpr int kStatBytes = Traits::kBlockQ * sizeof(float);
-    const bool clean = first >= needed.begin && first + kRows <= needed.end;
+    if (!leader) return;
+    const bool clean = is_clean(tile, first, needed);
     Barrier& arrived = clean ? full : shared.landed;
-    if (leader) {
-      arrived.arrive_expect(sizeof(Tile) + (stats == nullptr ? 0 : kStatBytes));
+    arrived.expect(sizeof(Tile) + (stats == nullptr ? 0 : kStatBytes));
+    if (clean) full.arrive();
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        at.column = chunk * kStep;
-        load_box(tile[chunk], map, at, arrived, keep);
-      }
-      if (stats != nullptr) load_bulk(stats, source, kStatBytes, arrived);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      at.column = chunk * kStep;
+      load_box(tile[chunk], map, at, arrived, keep);
     }
-    if (clean) return;
+    if (stats != nullptr) load_bulk(stats, source, kStatBytes, arrived);
+  }
+
+  // Waits until all tiles that are to be cleaned have landed.
+  __device__ __forceinline__ void land() {
+    if (leader) shared.landed.arrive();
     shared.landed.wait(landed);
     landed ^= 1;
+  }
+
+  // Cleans a tile that has landed.
+  template <class Tile>
+  __device__ __forceinline__ void clean(Tile& tile, Barrier& full, int first, Range needed) {
+    if (is_clean(tile, first, needed)) return;
     clear_rows(tile, needed.begin - first, needed.end - first);
     fence_async_proxy();  // each lane's zeros are ordered before the products that read them
     __syncwarp();
     if (leader) full.arrive();
+  }
+
+  // Both, of one tile.
+  template <int kStep = kChunkColumns, class Tile>
+  __device__ __forceinline__ void load(Tile& tile, const CUtensorMap& map, Coordinate at,
+                                       Barrier& full, Keep keep, int first, Range needed,
+                                       float* stats = nullptr, const float* source = nullptr) {
+    send<kStep>(tile, map, at, full, keep, first, needed, stats, source);
+    if (!is_clean(tile, first, needed)) land();
+    clean(tile, full, first, needed);
   }
 };
 
@@ -102,26 +129,36 @@ __device__ __forceinline__ void produce(typename Traits::Shared& shared, const B
   const Range seen_keys = sequence.keys(0, sequence.seqlen_q);
   const Range seen_rows = sequence.rows(0, sequence.seqlen_k);
   const int64_t block0 = first_block(p, sequence, tile.batch);
-  self.template load<Traits::kColumnsDQ>(shared.k, maps.k, keys, shared.k_full, Keep::kFirstOut,
+  auto at = [&] { return Coordinate{0, int(sequence.row_q) + step.row(), step.head, batch}; };
+  auto stats = [&] { return (step.head * scratch.blocks + block0 + step.block) * Traits::kBlockQ; };
+  // All tiles of the first step are on their way before one of them is cleaned.
+  self.template send<Traits::kColumnsDQ>(shared.k, maps.k, keys, shared.k_full, Keep::kFirstOut,
                                          first_key, seen_keys);
+  if (self.leader) shared.row[0] = step.row();
+  self.send(shared.q[0], maps.q, at(), shared.q_full[0], Keep::kLastOut, step.row(), seen_rows,
+            shared.lse[0], scratch.lse + stats());
+  self.send(shared.v, maps.v, keys, shared.v_full, Keep::kFirstOut, first_key, seen_keys);
+  self.send(shared.dout[0], maps.dout, at(), shared.dout_full[0], Keep::kLastOut, step.row(),
+            seen_rows, shared.delta[0], scratch.delta + stats());
+  self.land();  // maybe none
+  self.clean(shared.k, shared.k_full, first_key, seen_keys);
+  self.clean(shared.q[0], shared.q_full[0], step.row(), seen_rows);
+  self.clean(shared.v, shared.v_full, first_key, seen_keys);
+  self.clean(shared.dout[0], shared.dout_full[0], step.row(), seen_rows);
   Ring<Traits::kStagesQ> q;
   Ring<Traits::kStagesDO> dout;
-  for (bool first = true; step.valid(); first = false) {
-    const Coordinate at{0, int(sequence.row_q) + step.row(), step.head, batch};
-    const int64_t stats = (step.head * scratch.blocks + block0 + step.block) * Traits::kBlockQ;
-    shared.q_free[q.slot].wait(q.parity ^ 1);
-    if (self.leader) shared.row[q.slot] = step.row();
-    self.load(shared.q[q.slot], maps.q, at, shared.q_full[q.slot], Keep::kLastOut, step.row(),
-              seen_rows, shared.lse[q.slot], scratch.lse + stats);
-    if (first) {
-      self.load(shared.v, maps.v, keys, shared.v_full, Keep::kFirstOut, first_key, seen_keys);
-    }
-    shared.dout_free[dout.slot].wait(dout.parity ^ 1);
-    self.load(shared.dout[dout.slot], maps.dout, at, shared.dout_full[dout.slot], Keep::kLastOut,
-              step.row(), seen_rows, shared.delta[dout.slot], scratch.delta + stats);
+  for (;;) {
     step.advance();
+    if (!step.valid()) break;
     q.advance();
     dout.advance();
+    shared.q_free[q.slot].wait(q.parity ^ 1);
+    if (self.leader) shared.row[q.slot] = step.row();
+    self.load(shared.q[q.slot], maps.q, at(), shared.q_full[q.slot], Keep::kLastOut, step.row(),
+              seen_rows, shared.lse[q.slot], scratch.lse + stats());
+    shared.dout_free[dout.slot].wait(dout.parity ^ 1);
+    self.load(shared.dout[dout.slot], maps.dout, at(), shared.dout_full[dout.slot], Keep::kLastOut,
+              step.row(), seen_rows, shared.delta[dout.slot], scratch.delta + stats());
   }
 }
 

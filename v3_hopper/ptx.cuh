@@ -28,7 +28,13 @@ struct Barrier {
                  "r"(count)
                  : "memory");
   }
-  // One arrival, and the phase also waits for this many bytes from TMA.
+  // The phase also waits for this many bytes from TMA,
+  __device__ __forceinline__ void expect(int bytes) {
+    asm volatile("mbarrier.expect_tx.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&word)),
+                 "r"(bytes)
+                 : "memory");
+  }
+  // and has one arrival more.
   __device__ __forceinline__ void arrive_expect(int bytes) {
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)),

@@ -63,11 +63,43 @@ __device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
+// Finds the places of a sequence's key tiles among those of all, longest rows first.
+__device__ __forceinline__ void order_tiles(const BackwardParams& p, const Scratch& scratch,
+                                            int batch) {
+  __shared__ int before, all;
+  if (threadIdx.x == 0) before = all = 0;
+  __syncthreads();
+  auto rows_of = [&](int i) { return p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i]; };
+  auto tiles_of = [&](int i) {
+    return (p.cu_seqlens_k[i + 1] - p.cu_seqlens_k[i] + scratch.block_kv - 1) / scratch.block_kv;
+  };
+  const int rows = rows_of(batch);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.batch; i += kRowThreads) {
+    const int other = rows_of(i);
+    const int tiles = tiles_of(i);
+    atomicAdd(&all, tiles);
+    if (other > rows || (other == rows && i < batch)) atomicAdd(&before, tiles);
+  }
+  __syncthreads();
+  const int tiles = tiles_of(batch);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tiles; i += kRowThreads) {
+    scratch.order[before + i] = {batch, KeyTile::last_first(p) ? tiles - 1 - i : i};
+  }
+  if (batch > 0) return;
+#pragma unroll 1
+  for (int i = all + threadIdx.x; i < scratch.tiles_per_head; i += kRowThreads) {
+    scratch.order[i] = {0, 1 << 20};  // behind all keys
+  }
+}
+
 // delta = rowsum(dO * O) - dLSE, LSE in the unit that scores start with (softcap: base 2), and
 // turns at zero. Both are stored negated.
 template <class Element, int kDim, bool kSumsDQ>
-__global__ __launch_bounds__(kRowThreads) void prepare_rows(
-    const __grid_constant__ BackwardParams p, const __grid_constant__ Scratch scratch) {
+__global__ __launch_bounds__(kRowThreads,
+                             8) void prepare_rows(const __grid_constant__ BackwardParams p,
+                                                  const __grid_constant__ Scratch scratch) {
   constexpr int kLanes = kDim <= 64 ? 8 : kDim <= 128 ? 16 : 32;  // per row
   if (kSumsDQ && blockIdx.x == 0 && threadIdx.x == 0) {
     *scratch.next_tile = 0;
@@ -77,6 +109,9 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows(
   const int group = p.heads_q / p.heads_kv;
   if (kSumsDQ && block.row == 0 && block.head % group == 0 && threadIdx.x == 0) {
     scratch.done[block.batch * p.heads_kv + block.head / group] = 0;
+  }
+  if (kSumsDQ && scratch.order != nullptr && block.row == 0 && block.head == 0) {
+    order_tiles(p, scratch, block.batch);
   }
   if (block.rows <= 0) return;
   const int lane = threadIdx.x % kLanes;
@@ -110,47 +145,24 @@ __global__ __launch_bounds__(kRowThreads) void prepare_rows(
   if (kSumsDQ && threadIdx.x < 2) scratch.turn[block.index * 2 + threadIdx.x] = 0;
 }
 
-// Rounds the sums of a block of dQ into `rows` of `kStride` elements. They lie in the order of the
-// accumulators: of two warpgroups that share its columns,
+// Rounds sums of a block of dQ, N / 8 columns for each thread of a warpgroup in the order of the
+// accumulators, into rows of `kStride` elements. `rows` is the first of its columns.
 template <int kStride, class Element, int N>
-__device__ __forceinline__ void round_block(Element* rows, const float4 (&sums)[N], float scale) {
+__device__ __forceinline__ void round_sums(Element* rows, const float4 (&sums)[N], float scale) {
   const int thread = threadIdx.x % kWarpgroup;
-  const int row = thread / 32 * 16 + thread % 32 / 4;
-  const int column = threadIdx.x / kWarpgroup * (8 * N) + thread % 4 * 2;
+  auto* mine = rows + (thread / 32 * 16 + thread % 32 / 4) * kStride + thread % 4 * 2;
   auto put = [&](int at, float low, float high) {
-    *reinterpret_cast<uint32_t*>(rows + at) = flash::pack<Element>(low * scale, high * scale);
+    *reinterpret_cast<uint32_t*>(mine + at) = flash::pack<Element>(low * scale, high * scale);
   };
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    put(row * kStride + column + 8 * i, sums[i].x, sums[i].y);
-    put((row + 8) * kStride + column + 8 * i, sums[i].z, sums[i].w);
+    put(8 * i, sums[i].x, sums[i].y);
+    put(8 * kStride + 8 * i, sums[i].z, sums[i].w);
   }
 }
 
-// or transposed (64 dims, rows), of one warpgroup: of narrow heads where there are no keys.
-template <int kStride, class Element, int N>
-__device__ __forceinline__ void round_transposed(Element* rows, const float4 (&sums)[N],
-                                                 float scale) {
-  const int lane = threadIdx.x % 32;
-  const int column = threadIdx.x % kWarpgroup / 32 * 16 + lane / 8 % 2 * 8;
-#pragma unroll
-  for (int i = 0; i < N; i += 2) {
-    uint32_t r[4];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      r[2 * j] = flash::pack<Element>(sums[i + j].x * scale, sums[i + j].y * scale);
-      r[2 * j + 1] = flash::pack<Element>(sums[i + j].z * scale, sums[i + j].w * scale);
-    }
-    const int row = (threadIdx.x / kWarpgroup * N + i + lane / 16) * 8 + lane % 8;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     shared_address(rows + row * kStride + column)),
-                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-                 : "memory");
-  }
-}
-
-// dQ = scale * its fp32 sums.
-template <class Element, int kDim, bool kTransposed>
+// dQ = scale * its fp32 sums. Each of two warpgroups takes half of the columns.
+template <class Element, int kDim>
 __global__ __launch_bounds__(kRowThreads) void round_dq(const __grid_constant__ BackwardParams p,
                                                         const __grid_constant__ Scratch scratch) {
   constexpr int kStride = kDim + 8;  // elements; spreads rows over banks
@@ -166,11 +178,7 @@ __global__ __launch_bounds__(kRowThreads) void round_dq(const __grid_constant__ 
     // Of rows that see no keys nothing was summed.
     sums[i] = block.sees_keys ? __ldcs(dq + i * kWarpgroup + threadIdx.x % kWarpgroup) : float4{};
   }
-  if constexpr (kTransposed) {
-    round_transposed<kStride>(rows, sums, p.scale);
-  } else {
-    round_block<kStride>(rows, sums, p.scale);
-  }
+  round_sums<kStride>(rows + threadIdx.x / kWarpgroup * (kDim / 2), sums, p.scale);
   __syncthreads();
   Element* target = block.of<Element>(p.dq);
 #pragma unroll
@@ -180,6 +188,18 @@ __global__ __launch_bounds__(kRowThreads) void round_dq(const __grid_constant__ 
     if (to >= block.rows || piece >= p.head_dim) continue;
     *reinterpret_cast<uint4*>(target + to * p.dq.row + piece) =
         *reinterpret_cast<const uint4*>(rows + to * kStride + piece);
+  }
+}
+
+// dQ where there are no keys at all: zero.
+template <class Element>
+__global__ __launch_bounds__(kRowThreads) void clear_dq(const __grid_constant__ BackwardParams p,
+                                                        const __grid_constant__ Scratch scratch) {
+  const RowBlock block(p, scratch);
+  const int pieces = p.head_dim / 8;
+  Element* target = block.of<Element>(p.dq);
+  for (int i = threadIdx.x; i < block.rows * pieces; i += kRowThreads) {
+    *reinterpret_cast<uint4*>(target + i / pieces * p.dq.row + i % pieces * 8) = uint4{0, 0, 0, 0};
   }
 }
 

@@ -16,8 +16,10 @@ struct Scratch {
   int* next_tile;      // of key tiles, what no CTA has taken yet
   int* next_share;     // of dQ, what no warp has taken to round
   int* done;           // (batch, heads_kv): key tiles whose adds to dQ are done, by each adder
+  int2* order;         // packed: batch and key block of one head's tiles, longest first; or null
   int64_t blocks;      // per head, in all sequences
-  int tiles_per_head;  // key blocks of the longest sequence
+  int block_kv;        // keys of a tile
+  int tiles_per_head;  // key blocks of the longest sequence; packed: at most, of all sequences
   int tiles;           // of all heads
   int shares;          // of dQ that CTAs behind the tiles round; 0: another kernel does
   int heads_at_once;   // heads whose tiles are launched together, longest first
@@ -60,6 +62,17 @@ struct KeyTile {
     batch = at.head / p.heads_kv;
     head_kv = at.head % p.heads_kv;
   }
+
+  // Of packed sequences, in the order that was found for them.
+  __device__ __forceinline__ static KeyTile ordered(const BackwardParams& p, const Scratch& scratch,
+                                                    int index) {
+    if (scratch.order == nullptr) return KeyTile(p, scratch, index);
+    const HeadTile at(scratch, index, p.heads_kv, scratch.tiles_per_head);
+    const int2 found = scratch.order[at.tile];
+    return KeyTile(found.x, at.head, found.y);
+  }
+  __device__ __forceinline__ KeyTile(int batch, int head_kv, int block)
+      : batch(batch), head_kv(head_kv), block(block) {}
 
   // Deterministic causal sums start at the diagonal, where no CTA waits for another.
   __device__ __forceinline__ static bool last_first(const BackwardParams& p) {

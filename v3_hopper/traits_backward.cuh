@@ -31,7 +31,6 @@ struct BackwardTraits {
   static constexpr bool kSoftcap = kHasSoftcap;
   static constexpr int kHeadDim = I::kHeadDim;
   static constexpr int kChunks = (kHeadDim + kChunkColumns - 1) / kChunkColumns;
-  static constexpr int kPaddedDim = kChunks * kChunkColumns;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kBlockQ = kGradientRows;
   static constexpr int kKeysPerWarpgroup = 64;
