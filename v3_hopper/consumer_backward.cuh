@@ -36,9 +36,14 @@ struct KeyConsumer {
   }
   __device__ __forceinline__ int column() const { return threadIdx.x % 4 * 2; }
 
+  // Some of these rows do not see some key of the sequence here, or, behind its end, its last.
   __device__ __forceinline__ bool masked(int row) const {
-    return !sequence.all_visible(row, Traits::kBlockQ, first_key, 64);
+    const int from = min(first_key, sequence.seqlen_k - 1);
+    const int to = min(first_key + 64, sequence.seqlen_k) - 1;
+    return from < row + Traits::kBlockQ - 1 + sequence.first || to > row + sequence.last;
   }
+  // The sequence ends before these keys do.
+  __device__ __forceinline__ bool ends() const { return first_key + 64 > sequence.seqlen_k; }
 
   // Keys that are not finite become zero, before dQ spreads them to rows that do not see them.
   __device__ __forceinline__ void remove_poison(int slot) const {
@@ -137,7 +142,11 @@ __device__ __forceinline__ void find_probabilities(const KeyConsumer<Traits>& se
   r.masked = self.masked(r.row);
   r.suspicious = r.masked && hides_non_finite(r.s, self.sequence, self.position(r.row));
   if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
-  if (r.masked) mask(r.s, self.sequence, self.position(r.row), exponent.hidden());
+  if (r.masked) {
+    mask(r.s, self.sequence, self.position(r.row), exponent.hidden());
+  } else if (self.ends()) {
+    mask_end(r.s, self.sequence, self.position(r.row), exponent.hidden());
+  }
   float p[Traits::kBlockQ / 2];
   probabilities<Traits::kSoftcap>(r.s, p, self.shared.lse[slot] + self.column(), exponent.scale);
   round_operand<typename Traits::Element>(r.p16, p);

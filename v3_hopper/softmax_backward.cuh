@@ -52,7 +52,20 @@ __device__ __forceinline__ void mask(float (&s)[N], const Sequence& sequence, Po
   }
 }
 
-// Is a score that will be masked NaN or infinite? Then its key may be, which dQ would spread.
+// Where all rows see all keys but those behind the last: S -> hidden for these.
+template <int N>
+__device__ __forceinline__ void mask_end(float (&s)[N], const Sequence& sequence, Position at,
+                                         float hidden) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (at.key + 8 * half < sequence.seqlen_k) continue;
+#pragma unroll
+    for (int i = 2 * half; i < N; i += 4) s[i] = s[i + 1] = hidden;
+  }
+}
+
+// Is a score that will be masked NaN or infinite? Then its key may be, which dQ would spread. Not
+// behind the last row and key: such rows are not stored, such keys are zero.
 template <int N>
 __device__ __forceinline__ bool hides_non_finite(const float (&s)[N], const Sequence& sequence,
                                                  Position at) {
@@ -60,7 +73,9 @@ __device__ __forceinline__ bool hides_non_finite(const float (&s)[N], const Sequ
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int key = at.key + 8 * (i / 2 % 2);
-    found |= !sequence.visible(at.row + 8 * (i / 4) + i % 2, key) && !(fabsf(s[i]) < INFINITY);
+    const int row = at.row + 8 * (i / 4) + i % 2;
+    found |= !(key >= row + sequence.first && key <= row + sequence.last) &&
+             row < sequence.seqlen_q && !(fabsf(s[i]) < INFINITY);
   }
   return found;
 }
