@@ -41,8 +41,8 @@ def support() -> str:
         f"- `{name}`: {', '.join(table.features)}" for name, table in flash.capabilities().items()
     ]
     note = (
-        "Head dims are those compiled; any multiple of 8 up to the largest is padded on chip. "
-        "`torch` and `reference` take every dtype and head dim on every device."
+        "Head dims are those compiled; any multiple of 8 up to the largest is padded on chip, not "
+        "of float8. `torch` and `reference` take every dtype and head dim on every device."
     )
     return "\n".join([markdown(columns, rows), "", note, "", *features])
 
