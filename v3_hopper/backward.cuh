@@ -142,6 +142,9 @@ __global__ __launch_bounds__(Traits::kThreads,
                                               const __grid_constant__ Scratch scratch) {
   extern __shared__ uint8_t memory[];
   auto& shared = *align_shared<typename Traits::Shared>(memory);
+  if (threadIdx.x == 0) {
+    for (const auto* map : {&maps.k, &maps.q, &maps.v, &maps.dout}) prefetch_map(*map);
+  }
   const int share = int(blockIdx.x) - scratch.tiles;  // of dQ, to be rounded
   const auto tile = KeyTile::ordered(p, scratch, share >= 0 ? 0 : int(blockIdx.x));
   const Sequence sequence(p, tile.batch);

@@ -24,10 +24,16 @@ __device__ __forceinline__ void load_bulk(void* shared, const void* global, int 
 template <class Element, int kChunks, int kRows>
 __device__ __forceinline__ void clear_rows(Element (&tile)[kChunks][kRows][kChunkColumns],
                                            int begin, int end) {
-  for (int i = threadIdx.x % 32; i < kChunks * kRows * 8; i += 32) {
-    const int row = i / 8 % kRows;
-    if (row < begin || row >= end) reinterpret_cast<uint4*>(tile)[i] = uint4{0, 0, 0, 0};
-  }
+  auto clear = [&](int first, int last) {
+#pragma unroll 1
+    for (auto& chunk : tile) {
+      auto* pieces = reinterpret_cast<uint4*>(chunk);
+#pragma unroll 1
+      for (int i = first * 8 + threadIdx.x % 32; i < last * 8; i += 32) pieces[i] = {0, 0, 0, 0};
+    }
+  };
+  clear(0, min(begin, kRows));
+  clear(max(end, 0), kRows);
 }
 
 // A tile of keys of one chunk, transposed, as a register operand: 64 dims by all keys.
