@@ -50,8 +50,8 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     (_NARROW, _ONE, _EVERY),
     (_NARROW, "kWarps = 4 * kConsumers;", "kWarps = 128 * kConsumers;"),
     (_NARROW, ".init(4);", ".init(128);"),
-    *((_NARROW, f" {name}_full[i].init(1);", f" {name}_full[i].init(32);")
-      for name in ("k", "v", "q", "dout")),
+    *((_NARROW, f" {name}_full[i].init(1);", f" {name}_full[i].init(32);") for name in ("k", "v")),
+    (_NARROW, "rows_full[i].init(2);", "rows_full[i].init(2 * 32);"),
     (_NARROW, "if (!step.valid() && self.leader) {", "if (!step.valid()) {"),
     (_LOAD, "    if (is_clean(tile, first, needed)) return;\n",
      "    if (is_clean(tile, first, needed)) {\n      if (!leader) full.arrive();\n      return;\n"

@@ -3,214 +3,62 @@
 //
 // Consumers wait for nobody but the copy engine, and no product is waited for before it has had
 // time:
-//   tensor cores:  dV(i) S(i+1) | dP(i+1) dK(i) | dV(i+1) S(i+2) | ...     and dQ(i) on the side
-//   warpgroup:     dS(i)        | P(i+1)        | dS(i+1)        | ...
+//   tensor cores:  S(i+1) dV(i) dK(i) dP(i+1) | S(i+2) ...                   and dQ(i) on the side
+//   warpgroup:     dS(i) -> smem              | P(i+1) | dS(i+1) -> smem
 #pragma once
 
+#include "v3_hopper/consumer_narrow.cuh"
 #include "v3_hopper/finish_narrow.cuh"
-#include "v3_hopper/gemm_backward.cuh"
-#include "v3_hopper/guard_backward.cuh"
-#include "v3_hopper/load_backward.cuh"
-#include "v3_hopper/narrow_backward.cuh"
-#include "v3_hopper/softmax_backward.cuh"
-#include "v3_hopper/store_backward.cuh"
 
 namespace flash::v3 {
 
-// The registers of a consumer.
+// One consumer warpgroup. A tile that has come by then begins before the gradients of the tile
+// before it leave: its first S and dP are computed meanwhile.
 template <class Traits>
-struct NarrowFragments {
-  float dk[Traits::kHeadDim / 2];  // (64 keys, dim)
-  float dv[Traits::kHeadDim / 2];
-  float s[Traits::kBlockQ / 2];  // (64 keys, 64 rows)
-  float dp[Traits::kBlockQ / 2];
-  uint32_t p16[Traits::kBlockQ / 4];   // P^T as an operand
-  uint32_t ds16[Traits::kBlockQ / 4];  // dS^T
-  int row;                             // of S
-  bool masked;                         // P
-};
-
-// One consumer warpgroup on one key tile: what it knows about its place, and the verbs of the loop.
-template <class Traits>
-struct NarrowConsumer {
-  using Element = typename Traits::Element;
-  using Fragments = NarrowFragments<Traits>;
-
-  typename Traits::Shared& shared;
-  const BackwardParams& p;
-  const Exponent& exponent;
-  const KeyTile& tile;
-  const Sequence& sequence;
-  const int slot;                                             // of K and V
-  const int warpgroup;                                        // 0, 1
-  const int key = Traits::kKeysPerWarpgroup * warpgroup;      // in the tile
-  const int first_key = tile.block * Traits::kBlockKV + key;  // and in the sequence
-
-  __device__ __forceinline__ int column() const { return threadIdx.x % 4 * 2; }
-  __device__ __forceinline__ int key_of_thread() const {
-    return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-  }
-  __device__ __forceinline__ void meet() const {
-    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);
-  }
-
-  // Keys that dQ would spread to rows that do not see them become zero.
-  __device__ __forceinline__ void remove_poison() const {
-    const Range rows = sequence.rows(first_key, 64);
-    if (sequence.all_visible(rows.begin, rows.end - rows.begin, first_key, 64)) return;
-    const bool found = find_non_finite(shared.k[slot], key, 64, kWarpgroup);
-    if (!any_at(kWarpgroupDone + warpgroup, kWarpgroup, found)) return;
-    remove_non_finite(shared.k[slot], key, 64, kWarpgroup, shared.poison);
-    meet();  // these keys are zero now
-  }
-  // Their gradients become NaN.
-  __device__ __forceinline__ void spoil_gradients(Fragments& r) const {
-    spoil(r.dk, shared.poison, key + key_of_thread());
-    spoil(r.dv, shared.poison, key + key_of_thread());
-    meet();  // all four warps have read
-    if (threadIdx.x % kWarpgroup < 2) shared.poison[2 * warpgroup + threadIdx.x % kWarpgroup] = 0;
-  }
-
-  // S^T starts at -LSE / scale, dP^T at -delta.
-  __device__ __forceinline__ void start_scores(Fragments& r,
-                                               const NarrowRings<Traits>& ring) const {
-    const int at = ring.q.slot;
-    shared.q_full[at].wait(ring.q.parity);
-    r.row = shared.row[at];
-    if constexpr (!Traits::kSoftcap) start(r.s, shared.lse[at] + column());
-  }
-  __device__ __forceinline__ void start_dp(Fragments& r, const NarrowRings<Traits>& ring) const {
-    shared.dout_full[ring.dout.slot].wait(ring.dout.parity);
-    start(r.dp, shared.delta[ring.dout.slot] + column());
-  }
-  __device__ __forceinline__ void issue_scores(Fragments& r,
-                                               const NarrowRings<Traits>& ring) const {
-    pin(r.s);
-    wgmma_begin();
-    gemm_scores<Traits::kHeadDim, Traits::kColumnsDQ>(r.s, shared.k[slot], key,
-                                                      shared.q[ring.q.slot], !Traits::kSoftcap);
-    wgmma_commit();
-  }
-  __device__ __forceinline__ void issue_dp(Fragments& r, const NarrowRings<Traits>& ring) const {
-    pin(r.dp);
-    wgmma_begin();
-    gemm_scores<Traits::kHeadDim>(r.dp, shared.v[slot], key, shared.dout[ring.dout.slot], true);
-    wgmma_commit();
-  }
-
-  // S^T -> P^T, with the mask where the block needs one.
-  __device__ __forceinline__ void find_probabilities(Fragments& r, int at) const {
-    pin(r.s);
-    if constexpr (Traits::kSoftcap) cap_scores(r.s, exponent);
-    r.masked = !sequence.all_visible(r.row, Traits::kBlockQ, first_key, 64);
-    if (r.masked) {
-      mask(r.s, sequence, {first_key + key_of_thread(), r.row + column()}, exponent.hidden());
-    }
-    float p[Traits::kBlockQ / 2];
-    probabilities<Traits::kSoftcap>(r.s, p, shared.lse[at] + column(), exponent.scale);
-    round_operand<Element>(r.p16, p);
-    pin(r.s);
-    pin(r.p16);
-  }
-
-  // The first S, dP and P of a tile.
-  __device__ __forceinline__ void begin(Fragments& r, const NarrowRings<Traits>& ring) const {
-    start_scores(r, ring);
-    issue_scores(r, ring);
-    wgmma_wait<0>();
-    pin(r.s);
-    start_dp(r, ring);
-    issue_dp(r, ring);
-    wgmma_wait<0>();
-    pin(r.dp);
-    find_probabilities(r, ring.q.slot);
-    shared.ds_free[ring.ds.slot].wait(ring.ds.parity ^ 1);
-  }
-
-  // One block of query rows, from P to dS; and, unless it is the last, S, dP and P of the next.
-  template <bool kLast>
-  __device__ __forceinline__ void take_step(Fragments& r, NarrowRings<Traits>& ring) const {
-    const int slot_q = ring.q.slot;
-    const int slot_do = ring.dout.slot;
-    const int slot_ds = ring.ds.slot;
-    ring.advance();
-    if (r.masked) mask_gradient(r.dp, r.s);
-    score_gradient(r.dp, r.s);
-    round_operand<Element>(r.ds16, r.dp);
-    const int warp = threadIdx.x / 32 % 4;
-    store_fragment(shared_address(shared.ds[slot_ds][key + 16 * warp]), 0, r.ds16);
-    if constexpr (!kLast) start_scores(r, ring);
-    if constexpr (!kLast && Traits::kTransposed) start_dp(r, ring);
-    fence_async_proxy();
-    arrive_warp(shared.ds_full[slot_ds]);
-    if constexpr (!kLast) issue_scores(r, ring);
-    pin(r.p16);
-    pin(r.ds16);
-    wgmma_begin();
-    gemm_gradient(r.dv, r.p16, shared.dout[slot_do]);
-    gemm_gradient(r.dk, r.ds16, shared.q[slot_q]);
-    wgmma_commit();
-    if constexpr (!kLast && Traits::kTransposed) {
-      issue_dp(r, ring);
-      wgmma_wait<1>();  // S is there, and the gradients
-    } else {
-      wgmma_wait<0>();
-    }
-    pin(r.p16);  // may change
-    pin(r.ds16);
-    arrive_warp(shared.dout_free[slot_do]);
-    arrive_warp(shared.q_free[slot_q]);
-    if constexpr (!kLast) {
-      if constexpr (!Traits::kTransposed) {  // registers: only now
-        start_dp(r, ring);
-        issue_dp(r, ring);
-      }
-      find_probabilities(r, ring.q.slot);
-      shared.ds_free[ring.ds.slot].wait(ring.ds.parity ^ 1);  // keeps ptxas from waiting earlier
-      wgmma_wait<0>();
-      pin(r.dp);
-    }
-  }
-
-  // Copies 64 staged rows to their place in dK or dV.
-  template <class Tile>
-  __device__ __forceinline__ void store(const Tile& staged, const View& view, int columns) const {
-    auto* target = static_cast<Element*>(view.data) + tile.batch * view.batch +
-                   tile.head_kv * view.head + (sequence.row_k + first_key) * view.row;
-    store_gradient(staged, key, target, view.row, sequence.seqlen_k - first_key, columns);
-  }
-
-  // dK and dV leave by way of the memory of K and V.
-  __device__ __forceinline__ void store_gradients(Fragments& r, uint32_t parity) const {
-    if constexpr (!Traits::kTransposed) spoil_gradients(r);
-    shared.keys_read[slot].wait(parity);
-    stage_gradient(shared.v[slot], key, r.dv, 1.0f);
-    stage_gradient(shared.k[slot], key, r.dk, p.scale);
-    meet();  // all four warps have staged
-    store(shared.v[slot], p.dv, p.head_dim_v);
-    store(shared.k[slot], p.dk, p.head_dim);
-    fence_async_proxy();  // K and V of a later tile will be copied here
-  }
-
-  __device__ __forceinline__ void take_tile(NarrowRings<Traits>& ring, int steps,
-                                            uint32_t parity) const {
-    Fragments r;
-    for (int i = 0; i < Traits::kHeadDim / 2; ++i) r.dk[i] = r.dv[i] = 0.0f;
-    pin(r.dk);
-    pin(r.dv);
+__device__ __forceinline__ void consume_tiles(typename Traits::Shared& shared,
+                                              const BackwardParams& p, int warpgroup) {
+  const Exponent exponent(p);
+  NarrowRings<Traits> ring;
+  NarrowFragments<Traits> r;
+  clear_gradients(r);
+  bool begun = false;
+  for (Ring<Traits::kTiles> place;;) {
+    shared.tile_full[place.slot].wait(place.parity);
+    const AnnouncedTile now = shared.tile[place.slot];
+    if (!now.exists) return;
+    const Ring<Traits::kTiles> mine = place;
+    const NarrowConsumer<Traits> self{shared,       p,         exponent, now.tile,
+                                      now.sequence, mine.slot, warpgroup};
+    const int steps = now.steps.count();
     if (steps > 0) {
-      shared.k_full[slot].wait(parity);
-      if constexpr (!Traits::kTransposed) remove_poison();
-      shared.v_full[slot].wait(parity);
-      begin(r, ring);
-      for (int i = 0; i < steps - 1; ++i) take_step<false>(r, ring);
-      take_step<true>(r, ring);
-      pin(r.dk);
-      pin(r.dv);
+      if (!begun) {
+        self.issue_first(r, ring, mine.parity);
+        self.await_first(r, ring);
+      }
+      self.take_steps(r, ring, steps);
     }
-    store_gradients(r, parity);
+    place.advance();
+    const bool here = shared.tile_full[place.slot].test(place.parity) &&
+                      shared.k_full[place.slot].test(place.parity) &&
+                      shared.v_full[place.slot].test(place.parity) &&
+                      shared.rows_full[ring.rows.slot].test(ring.rows.parity);
+    // All four warps do the same.
+    begun = !any_at(kWarpgroupDone + warpgroup, kWarpgroup, !here);
+    if (begun) {
+      const AnnouncedTile next = shared.tile[place.slot];
+      begun = next.steps.count() > 0;
+      if (begun) {
+        const NarrowConsumer<Traits> then{shared,        p,          exponent, next.tile,
+                                          next.sequence, place.slot, warpgroup};
+        then.issue_first(r, ring, place.parity);
+        self.store_gradients(r, mine.parity);
+        then.await_first(r, ring);
+      }
+    }
+    if (!begun) self.store_gradients(r, mine.parity);
+    clear_gradients(r);
   }
-};
+}
 
 // The warpgroup that multiplies dQ: it keeps K transposed in registers.
 template <class Traits>
@@ -293,33 +141,32 @@ __global__ __launch_bounds__(Traits::kThreads,
   } else if (warpgroup == Traits::kConsumers + 1) {
     shrink_registers<Traits::kSumRegisters>();
     if constexpr (Traits::kTransposed) {
-      for_each_tile<Traits>(shared, p, scratch,
-                            [&](const KeyTile& tile, const Sequence& sequence,
-                                const RowSteps& steps, int slot, uint32_t) {
-                              const int key = tile.block * Traits::kBlockKV;
-                              const Range rows = sequence.rows(key, Traits::kBlockKV);
-                              const bool hides = !sequence.all_visible(
-                                  rows.begin, rows.end - rows.begin, key, Traits::kBlockKV);
-                              multiply_dq<Traits>(shared, ring, steps.count(), slot, hides);
-                            });
+      for_each_tile<Traits>(shared, [&](const KeyTile& tile, const Sequence& sequence,
+                                        const RowSteps& steps, int slot, uint32_t) {
+        const int key = tile.block * Traits::kBlockKV;
+        const Range rows = sequence.rows(key, Traits::kBlockKV);
+        const bool hides =
+            !sequence.all_visible(rows.begin, rows.end - rows.begin, key, Traits::kBlockKV);
+        multiply_dq<Traits>(shared, ring, steps.count(), slot, hides);
+      });
     } else {
       for_each_tile<Traits>(
-          shared, p, scratch,
-          [&](const KeyTile&, const Sequence&, const RowSteps& steps, int slot, uint32_t) {
+          shared, [&](const KeyTile&, const Sequence&, const RowSteps& steps, int slot, uint32_t) {
             multiply_dq_halves<Traits>(shared, ring, steps.count(), slot);
           });
     }
   } else {
     grow_registers<Traits::kConsumerRegisters>();
-    const Exponent exponent(p);
-    for_each_tile<Traits>(shared, p, scratch,
-                          [&](const KeyTile& tile, const Sequence& sequence, const RowSteps& steps,
-                              int slot, uint32_t parity) {
-                            const NarrowConsumer<Traits> self{shared,   p,    exponent,     tile,
-                                                              sequence, slot, warpgroup - 1};
-                            self.take_tile(ring, steps.count(), parity);
-                            arrive_warp(shared.tile_free[slot]);
-                          });
+    if constexpr (Traits::kTiles > 1) {
+      consume_tiles<Traits>(shared, p, warpgroup - 1);
+    } else {
+      const Exponent exponent(p);
+      for_each_tile<Traits>(shared, [&](const KeyTile& tile, const Sequence& sequence,
+                                        const RowSteps& steps, int slot, uint32_t parity) {
+        const NarrowConsumer<Traits> self{shared, p, exponent, tile, sequence, slot, warpgroup - 1};
+        self.take_tile(ring, steps.count(), parity);
+      });
+    }
     if constexpr (Traits::kFinishes) {
       // Its gradients are stored; K and V of its keys are read by nobody any more.
       named_sync(kWarpgroupDone + warpgroup - 1, kWarpgroup);

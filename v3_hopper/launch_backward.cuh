@@ -173,9 +173,11 @@ cudaError_t launch_narrow(const BackwardParams& p) {
   if (status != cudaSuccess) return status;
   constexpr int kDim = Traits::kDimDQ;
   Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
+  const int64_t most = int64_t(scratch.tiles_per_head) * p.heads_kv * p.batch;
+  if (most > (1 << 30)) return cudaErrorInvalidValue;  // tiles are counted in 32 bits
+  order_packed(scratch, p, kDim);
+  const int tiles = scratch.tiles;
   const dim3 rows = row_blocks(p);
-  const int64_t tiles = int64_t(scratch.tiles_per_head) * p.heads_kv * p.batch;
-  if (tiles > (1 << 30)) return cudaErrorInvalidValue;  // tiles are counted in 32 bits
   if (Traits::kFinishes) scratch.shares = narrow_shares(p);
   if (rows.x > 0) {
     status = launch(prepare_rows<Element, kDim, true>, rows, kRowThreads, 0, p.stream, p, scratch);
@@ -183,9 +185,9 @@ cudaError_t launch_narrow(const BackwardParams& p) {
     status = cudaMemsetAsync(scratch.next_tile, 0, 2 * sizeof(int), p.stream);  // and the share
   }
   if (status == cudaSuccess && tiles > 0) {
-    const dim3 grid(unsigned(std::min<int64_t>(tiles, multiprocessors())));
+    const dim3 grid(unsigned(std::min(tiles, multiprocessors())));
     status = launch(backward_narrow<Traits>, grid, Traits::kThreads, Traits::kSharedBytes, p.stream,
-                    p, maps, scratch, int(tiles));
+                    p, maps, scratch, tiles);
   }
   if (status == cudaSuccess && rows.x > 0) {
     if (tiles == 0) {

@@ -6,7 +6,14 @@
 
 namespace flash::v3 {
 
-inline constexpr int kNoMoreTiles = -1;
+// A key tile as the producer announces it: what costs divisions, and packed sequences loads, is
+// found once, a tile ahead.
+struct AnnouncedTile {
+  KeyTile tile;
+  Sequence sequence;
+  RowSteps steps;
+  bool exists;  // no: there are no more
+};
 
 // A CTA takes one tile of 128 keys after the other, and meets every block of query rows that sees
 // it. Up to 64 dims dQ is computed transposed, from K in registers; wider, half of its columns at a
@@ -27,7 +34,6 @@ struct NarrowTraits {
   static constexpr int kKeysPerWarpgroup = 64;
   static constexpr int kBlockKV = kKeysPerWarpgroup * kConsumers;
   static constexpr int kStagesQ = 3;
-  static constexpr int kStagesDO = 3;
   static constexpr int kStagesDQ = kTransposed ? 3 : kChunks;  // a warp for each adds it
   static constexpr int kTiles = kTransposed ? 2 : 1;           // this one and the next
   static constexpr int kThreads = kWarpgroup * (kConsumers + 2);
@@ -42,18 +48,17 @@ struct NarrowTraits {
   using TileDS = Element[kBlockKV][kBlockQ];  // transposed
   struct Shared {
     alignas(1024) TileKV k[kTiles], v[kTiles];
-    TileQ q[kStagesQ], dout[kStagesDO];
+    TileQ q[kStagesQ], dout[kStagesQ];
     TileDS ds[2];                               // one is read while one is written
     float dq[kStagesDQ][kBlockQ * kColumnsDQ];  // on its way to L2, in accumulator order
     float lse[kStagesQ][kBlockQ];
-    float delta[kStagesDO][kBlockQ];
-    int row[kStagesQ];               // first row of the block in the slot
-    int tile[kTiles];                // number, or kNoMoreTiles after the last
+    float delta[kStagesQ][kBlockQ];
+    int row[kStagesQ];  // first row of the block in the slot
+    AnnouncedTile tile[kTiles];
     uint32_t poison[kBlockKV / 32];  // a bit for every key that was not finite
     Barrier tile_full[kTiles], tile_free[kTiles], keys_read[kTiles];
     Barrier k_full[kTiles], v_full[kTiles], landed;
-    Barrier q_full[kStagesQ], q_free[kStagesQ];
-    Barrier dout_full[kStagesDO], dout_free[kStagesDO];
+    Barrier rows_full[kStagesQ], rows_free[kStagesQ];  // Q, dO and what belongs to them
     Barrier ds_full[2], ds_free[2];
     Barrier dq_full[kStagesDQ], dq_free[kStagesDQ];
 
@@ -69,12 +74,8 @@ struct NarrowTraits {
         v_full[i].init(1);
       }
       for (int i = 0; i < kStagesQ; ++i) {
-        q_full[i].init(1);
-        q_free[i].init(kWarps);
-      }
-      for (int i = 0; i < kStagesDO; ++i) {
-        dout_full[i].init(1);
-        dout_free[i].init(kWarps);
+        rows_full[i].init(2);
+        rows_free[i].init(kWarps);
       }
       for (int i = 0; i < 2; ++i) {
         ds_full[i].init(kWarps);
@@ -93,14 +94,12 @@ struct NarrowTraits {
 // Where a step finds its tiles; the rings run on from one key tile to the next.
 template <class Traits>
 struct NarrowRings {
-  Ring<Traits::kStagesQ> q;
-  Ring<Traits::kStagesDO> dout;
+  Ring<Traits::kStagesQ> rows;
   Ring<2> ds;
   Ring<Traits::kStagesDQ> dq;
 
   __device__ __forceinline__ void advance() {
-    q.advance();
-    dout.advance();
+    rows.advance();
     ds.advance();
   }
 };
@@ -137,22 +136,20 @@ __device__ __forceinline__ void load_key_tile(Producer<Traits>& self, const Back
     const Coordinate at{0, int(sequence.row_q) + step.row(), step.head, batch_q};
     const int64_t stats =
         int64_t(step.head * int(scratch.blocks) + block0 + step.block) * Traits::kBlockQ;
-    const int q = ring.q.slot;
-    const int dout = ring.dout.slot;
-    shared.q_free[q].wait(ring.q.parity ^ 1);
-    if (self.leader) shared.row[q] = step.row();
-    self.load(shared.q[q], maps.q, at, shared.q_full[q], Keep::kLastOut, step.row(), seen_rows,
-              shared.lse[q], scratch.lse + stats);
+    const int rows = ring.rows.slot;
+    Barrier& full = shared.rows_full[rows];
+    shared.rows_free[rows].wait(ring.rows.parity ^ 1);
+    if (self.leader) shared.row[rows] = step.row();
+    self.load(shared.q[rows], maps.q, at, full, Keep::kLastOut, step.row(), seen_rows,
+              shared.lse[rows], scratch.lse + stats);
     if (first) {
       self.load(shared.v[slot], maps.v, keys, shared.v_full[slot], Keep::kFirstOut, first_key,
                 seen_keys);
     }
-    shared.dout_free[dout].wait(ring.dout.parity ^ 1);
-    self.load(shared.dout[dout], maps.dout, at, shared.dout_full[dout], Keep::kLastOut, step.row(),
-              seen_rows, shared.delta[dout], scratch.delta + stats);
+    self.load(shared.dout[rows], maps.dout, at, full, Keep::kLastOut, step.row(), seen_rows,
+              shared.delta[rows], scratch.delta + stats);
     step.advance();
-    ring.q.advance();
-    ring.dout.advance();
+    ring.rows.advance();
   }
 }
 
@@ -170,36 +167,31 @@ __device__ __forceinline__ void produce_tiles(typename Traits::Shared& shared,
     if (threadIdx.x % 32 == 0) index = atomicAdd(scratch.next_tile, 1);
     index = uniform(index);
     const bool over = index >= tiles;
-    const KeyTile tile(p, scratch, over ? 0 : index);
+    const auto tile = KeyTile::ordered(p, scratch, over ? 0 : index);
     const Sequence sequence(p, tile.batch);
     const int first_key = tile.block * Traits::kBlockKV;
     if (!over && first_key >= sequence.seqlen_k) continue;
     const int slot = tile_ring.slot;
+    const RowSteps steps(p, tile, sequence.rows(first_key, Traits::kBlockKV));
     shared.tile_free[slot].wait(tile_ring.parity ^ 1);
     tile_ring.advance();
     if (self.leader) {
-      shared.tile[slot] = over ? kNoMoreTiles : index;
+      shared.tile[slot] = {tile, sequence, steps, !over};
       shared.tile_full[slot].arrive();
     }
     if (over) return;
-    const RowSteps steps(p, tile, sequence.rows(first_key, Traits::kBlockKV));
     load_key_tile(self, p, maps, scratch, tile, sequence, steps, slot, ring);
   }
 }
 
 // Calls visit(tile, sequence, steps, slot, parity) for one key tile after the other.
 template <class Traits, class Visit>
-__device__ __forceinline__ void for_each_tile(typename Traits::Shared& shared,
-                                              const BackwardParams& p, const Scratch& scratch,
-                                              Visit visit) {
+__device__ __forceinline__ void for_each_tile(typename Traits::Shared& shared, Visit visit) {
   for (Ring<Traits::kTiles> ring;; ring.advance()) {
     shared.tile_full[ring.slot].wait(ring.parity);
-    const int index = shared.tile[ring.slot];
-    if (index == kNoMoreTiles) return;
-    const KeyTile tile(p, scratch, index);
-    const Sequence sequence(p, tile.batch);
-    const RowSteps steps(p, tile, sequence.rows(tile.block * Traits::kBlockKV, Traits::kBlockKV));
-    visit(tile, sequence, steps, ring.slot, ring.parity);
+    const AnnouncedTile announced = shared.tile[ring.slot];
+    if (!announced.exists) return;
+    visit(announced.tile, announced.sequence, announced.steps, ring.slot, ring.parity);
   }
 }
 
@@ -214,36 +206,35 @@ __device__ __forceinline__ void add_dq_of_tiles(typename Traits::Shared& shared,
   constexpr int kBytes = sizeof(shared.dq[0]);
   uint32_t parity = 0;
   int until_mine = buffer;  // steps
-  for_each_tile<Traits>(
-      shared, p, scratch,
-      [&](const KeyTile& tile, const Sequence& sequence, RowSteps step, int slot, uint32_t) {
-        shared.tile_free[slot].arrive();
-        const int block0 = int(first_block(p, sequence, tile.batch));
-        for (; step.valid(); step.advance()) {
-          if (Traits::kTransposed && until_mine-- > 0) continue;
-          until_mine = Traits::kStagesDQ - 1;
-          const int index = step.head * int(scratch.blocks) + block0 + step.block;
-          const int part = Traits::kTransposed ? 0 : buffer;
-          int* turn = scratch.turn + 2 * index + part;  // a pair for each block is cleared
-          float* target = scratch.dq + (int64_t(index) * Traits::kChunks + part) * (kBytes / 4);
-          const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
-          if (mine > 0) await_turn(turn, p.deterministic ? mine : 1);
-          shared.dq_full[buffer].wait(parity);
-          if (mine == 0) {
-            store_bulk(target, shared.dq[buffer], kBytes);
-          } else {
-            add_bulk(target, shared.dq[buffer], kBytes);
-          }
-          commit_stores();
-          wait_stores_read<0>();
-          shared.dq_free[buffer].arrive();
-          parity ^= 1;
-          if (mine == 0 || p.deterministic) pass_turn(turn);
-        }
-        if (Traits::kFinishes) {
-          pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
-        }
-      });
+  for_each_tile<Traits>(shared, [&](const KeyTile& tile, const Sequence& sequence, RowSteps step,
+                                    int slot, uint32_t) {
+    shared.tile_free[slot].arrive();
+    const int block0 = int(first_block(p, sequence, tile.batch));
+    for (; step.valid(); step.advance()) {
+      if (Traits::kTransposed && until_mine-- > 0) continue;
+      until_mine = Traits::kStagesDQ - 1;
+      const int index = step.head * int(scratch.blocks) + block0 + step.block;
+      const int part = Traits::kTransposed ? 0 : buffer;
+      int* turn = scratch.turn + 2 * index + part;  // a pair for each block is cleared
+      float* target = scratch.dq + (int64_t(index) * Traits::kChunks + part) * (kBytes / 4);
+      const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
+      if (mine > 0) await_turn(turn, p.deterministic ? mine : 1);
+      shared.dq_full[buffer].wait(parity);
+      if (mine == 0) {
+        store_bulk(target, shared.dq[buffer], kBytes);
+      } else {
+        add_bulk(target, shared.dq[buffer], kBytes);
+      }
+      commit_stores();
+      wait_stores_read<0>();
+      shared.dq_free[buffer].arrive();
+      parity ^= 1;
+      if (mine == 0 || p.deterministic) pass_turn(turn);
+    }
+    if (Traits::kFinishes) {
+      pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
+    }
+  });
 }
 
 }  // namespace flash::v3

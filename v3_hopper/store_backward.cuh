@@ -21,10 +21,11 @@ __device__ __forceinline__ void store_fragment(uint32_t rows, int chunk_bytes,
   const int lane = threadIdx.x % 32;
   const int row = lane % 16;
   const int side = lane / 16;
+  const uint32_t first = rows + row * 128 + (side ^ row % 8) * 16;
 #pragma unroll
   for (int slab = 0; slab < N / 4; ++slab) {
-    const int piece = (slab % 4 * 2 + side) ^ (row % 8);
-    stmatrix_x4(rows + slab / 4 * chunk_bytes + row * 128 + piece * 16, r + 4 * slab);
+    // Rows begin at multiples of 128 bytes: the piece 2 * slab + side, swizzled.
+    stmatrix_x4((first ^ slab % 4 * 32) + slab / 4 * chunk_bytes, r + 4 * slab);
   }
 }
 
