@@ -83,6 +83,7 @@ inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
   scratch.heads_at_once =
       heads_at_once(p, int64_t(p.batch) * p.heads_kv, scratch.tiles_per_head, alike);
   scratch.order = nullptr;
+  scratch.zeroed = false;
   return scratch;
 }
 
@@ -124,6 +125,15 @@ cudaError_t make_backward_maps(BackwardMaps& maps, const BackwardParams& p, int 
   return status;
 }
 
+// Whether dQ is zeroed beforehand. Else the first key tile of a block stores it, and all others
+// keep its pace: where a group's heads let all key tiles of a head go side by side to the end, that
+// costs more than zeros.
+inline bool zeroes_dq(const BackwardParams& p) {
+  constexpr int kLongKeys = 4096;
+  return p.heads_q > p.heads_kv && p.seqlen_k >= kLongKeys && p.window_left == kUnlimited &&
+         !p.deterministic;
+}
+
 // Shares of dQ that the kernel of key tiles rounds itself, all or none: where all tiles are alike
 // and long, and the last ones leave multiprocessors idle for long enough. A block takes a quarter
 // of a step.
@@ -148,6 +158,7 @@ cudaError_t launch_medium(const BackwardParams& p) {
   constexpr int kDim = Traits::kHeadDim;
   Scratch scratch = make_scratch(p, kDim, Traits::kBlockKV);
   order_packed(scratch, p, kDim);
+  scratch.zeroed = zeroes_dq(p);
   scratch.shares = shares_of_dq(p, scratch);
   const dim3 rows = row_blocks(p);
   const dim3 grid(scratch.tiles + scratch.shares);

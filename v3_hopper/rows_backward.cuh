@@ -143,6 +143,10 @@ __global__ __launch_bounds__(kRowThreads,
     scratch.delta[block.index * kGradientRows + row] = delta;
   }
   if (kSumsDQ && threadIdx.x < 2) scratch.turn[block.index * 2 + threadIdx.x] = 0;
+  if (kSumsDQ && scratch.zeroed) {
+    auto* sums = reinterpret_cast<float4*>(scratch.dq + block.index * (kGradientRows * kDim));
+    for (int i = threadIdx.x; i < kGradientRows * kDim / 4; i += kRowThreads) sums[i] = float4{};
+  }
 }
 
 // Rounds sums of a block of dQ, N / 8 columns for each thread of a warpgroup in the order of the

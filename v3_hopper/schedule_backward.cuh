@@ -16,6 +16,7 @@ struct Scratch {
   int* next_tile;      // of key tiles, what no CTA has taken yet
   int* next_share;     // of dQ, what no warp has taken to round
   int* done;           // (batch, heads_kv): key tiles whose adds to dQ are done, by each adder
+  bool zeroed;         // dQ is, beforehand: key tiles add to it in any order
   int2* order;         // packed: batch and key block of one head's tiles, longest first; or null
   int64_t blocks;      // per head, in all sequences
   int block_kv;        // keys of a tile

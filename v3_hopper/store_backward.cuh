@@ -65,8 +65,8 @@ __device__ __forceinline__ void pass_turn(int* turn) {
 }
 
 // One thread per consumer warpgroup adds what that warpgroup stages to the sums in L2. The first
-// key tile of a block stores, so sums need no zeros beforehand; deterministic sums keep the order
-// of all.
+// key tile of a block stores, so sums need no zeros beforehand, unless they have them;
+// deterministic sums keep the order of all.
 template <class Traits>
 __device__ __forceinline__ void add_dq(typename Traits::Shared& shared, const BackwardParams& p,
                                        const Scratch& scratch, const KeyTile& tile,
@@ -78,9 +78,10 @@ __device__ __forceinline__ void add_dq(typename Traits::Shared& shared, const Ba
     int* turn = scratch.turn + index * Traits::kConsumers + warpgroup;
     float* target = scratch.dq + (index * Traits::kConsumers + warpgroup) * (kBytes / 4);
     const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
-    if (mine > 0) await_turn(turn, p.deterministic ? mine : 1);
+    const bool first = mine == 0 && !scratch.zeroed;
+    if (mine > 0 && !scratch.zeroed) await_turn(turn, p.deterministic ? mine : 1);
     shared.dq_full[warpgroup].wait(parity);
-    if (mine == 0) {
+    if (first) {
       store_bulk(target, shared.dq[warpgroup], kBytes);
     } else {
       add_bulk(target, shared.dq[warpgroup], kBytes);
@@ -88,7 +89,7 @@ __device__ __forceinline__ void add_dq(typename Traits::Shared& shared, const Ba
     commit_stores();
     wait_stores_read<0>();
     shared.dq_free[warpgroup].arrive();
-    if (mine == 0 || p.deterministic) pass_turn(turn);
+    if (first || p.deterministic) pass_turn(turn);
   }
   if (scratch.shares > 0) pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
 }
