@@ -1,4 +1,4 @@
-"""Off the papers' sweep: odd head dims, grouped heads, packed, windows, softcap, fp16.
+"""Off the papers' sweep: odd head dims (in FP8 too), grouped heads, packed, windows, softcap, fp16.
 
 `python -m bench.breadth` times v3 beside every peer that offers the case, with errors against fp64,
 and writes bench/results/<gpu>/breadth.json: the forward pass takes about a minute, the backward
@@ -33,6 +33,7 @@ Row = dict[str, Any]
 Call = Callable[[], tuple[Tensor, ...]]
 sources = functools.cache(digest)
 VERSION, PEERS = "v3", ("fa3", "sdpa-cudnn")
+FP8 = "float8_e4m3fn"
 LENGTHS = {"forward": (512, 2048, 8192, 16384), "backward": (512, 2048, 8192)}
 WINDOWS = {"forward": ((16384, 4095), (8192, 1023), (16384, 511)),
            "backward": ((8192, 4095), (8192, 1023), (8192, 255))}  # fmt: skip
@@ -63,6 +64,9 @@ def groups(way: str) -> dict[str, Iterable[Case]]:
     """What is asked -> its cases."""
     found: dict[str, Iterable[Case]] = {f"d = {dim}": sweep(way, dim) for dim in (96, 192)}
     found["d = 192, V 128"] = sweep(way, 192, head_dim_v=128)
+    if way == "forward":
+        found |= {f"FP8, d = {dim}": sweep(way, dim, dtype=FP8) for dim in (96, 192)}
+        found["FP8, d = 192, V 128"] = sweep(way, 192, head_dim_v=128, dtype=FP8)
     for dim in (64, 128):
         found[f"GQA 8:1, d = {dim}"] = sweep(way, dim, heads_kv=WIDTH // dim // 8)
     found |= {f"window, d = {dim}": windows(way, dim) for dim in (64, 128, 256)}

@@ -133,7 +133,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Results:
     granularity = options.pop("granularity", None)
     if granularity and options["backend"] != "reference":
         options.pop("precision", None)
-        hadamard = granularity == "tensor" and q.shape[-1].bit_count() == 1
+        hadamard = granularity == "tensor"
         if not hadamard:  # for once from fp16
             q, k, v = q.half(), k.half(), v.half()
         parts = flash.quantize_fp8(q, k, v, granularity, hadamard)

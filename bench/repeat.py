@@ -1,8 +1,8 @@
 """The same bits every time: `python -m bench.repeat` replays every kernel thousands of times.
 
 Each call is captured in a CUDA graph that compares its results with those of the first run on the
-device, bit by bit; the backward pass with `deterministic=True`. Packed FP8 of head dim 96 runs a
-tenth as often, without a graph. Writes bench/results/<gpu>/repeat.json.
+device, bit by bit; the backward pass with `deterministic=True`. Writes
+bench/results/<gpu>/repeat.json.
 """
 
 from __future__ import annotations
@@ -63,17 +63,12 @@ def replayed(kernel: Kernel, shape: Shape, times: int) -> Row:
     with torch.cuda.stream(stream):
         differing(first, call.run())
         stream.synchronize()
-        if kernel.code == kernel_calls.E4M3 and shape.packed and kernel.dim.bit_count() > 1:
-            times //= 10  # no graph: plain PyTorch quantizes, and reads the lengths on the host
-            for _ in range(times):
-                count += differing(first, call.run())
-        else:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                count += differing(first, call.run())
-            count.zero_()
-            for _ in range(times):
-                graph.replay()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            count += differing(first, call.run())
+        count.zero_()
+        for _ in range(times):
+            graph.replay()
         stream.synchronize()
     return {"version": kernel.version, "kernel": list(kernel[1:]), "name": str(kernel),
             "shape": shape.name, "runs": times, "differing": int(count),

@@ -8,10 +8,10 @@
 namespace flash::v3::fp8 {
 namespace {
 
-template <int kDim>
-constexpr int kThreads = kLines / kWarpLines<kDim> * kWarp;
-template <int kDim>
-constexpr int kCtas = 512 / kThreads<kDim>;  // on one multiprocessor, by their registers
+template <int kDim, int kParts>
+constexpr int kThreads = kParts * kLines / kWarpLines<kDim> * kWarp;
+template <int kDim, int kParts>  // on one multiprocessor, by their registers
+constexpr int kCtas = 512 / kThreads<kDim, kParts>;
 
 // The largest of all threads' values, which are not negative and so ordered like their bits.
 // `scratch` has one place for each warp, and a neighbour in time has another scratch.
@@ -25,7 +25,8 @@ __device__ __forceinline__ float reduce_max(float x, unsigned* scratch) {
 
 // x H has this factor to be an orthogonal turn.
 template <int kDim>
-constexpr float kNorm = kDim == 64    ? 0.125f
+constexpr float kNorm = kDim == 32    ? 0.17677669529663687f
+                        : kDim == 64  ? 0.125f
                         : kDim == 256 ? 0.0625f
                                       : 0.08838834764831845f;
 
@@ -44,19 +45,19 @@ __device__ __forceinline__ float settle_scale(const Part& part, const Unit& unit
 }
 
 // While a tile is worked on, the next one is on its way.
-template <class T, int kDim, Pass kPass>
-__global__ void __launch_bounds__(kThreads<kDim>, kCtas<kDim>)
+template <class T, int kDim, int kParts, Pass kPass>
+__global__ void __launch_bounds__(kThreads<kDim, kParts>, kCtas<kDim, kParts>)
     quantize_kernel(const __grid_constant__ Parts parts, bool per_tensor) {
   extern __shared__ uint4 memory[];
-  constexpr int kWarps = kThreads<kDim> / kWarp;
+  constexpr int kWarps = kThreads<kDim, kParts> / kWarp;
   __shared__ unsigned scratch[2][kWarps];
-  __shared__ uint4 signs[kDim / kUnit];
-  if (threadIdx.x < kDim / 2) {
+  __shared__ uint4 signs[kParts * kDim / kUnit];
+  if (threadIdx.x < kParts * kDim / 2) {
     reinterpret_cast<uint32_t*>(signs)[threadIdx.x] = kSigns.turned[threadIdx.x];
   }
   __syncthreads();
   constexpr int kShare = kCopies * kWarp, kSlots = kWarps * kShare;
-  const Quantizer<T, kDim> quantizer;
+  const Quantizer<T, kDim, kParts> quantizer;
   const Hadamard16<T> hadamard;
   uint4* const own = memory + quantizer.warp * kShare;
   Step step = {0, int(blockIdx.x), 0, 0, false};
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kThreads<kDim>, kCtas<kDim>)
   }
 }
 
-template <class T, int kDim, Pass kPass>
+template <class T, int kDim, int kParts, Pass kPass>
 cudaError_t launch_pass(const QuantizeParams& p) {
   Parts parts;
   int64_t units = 0;
@@ -136,24 +137,27 @@ cudaError_t launch_pass(const QuantizeParams& p) {
   int device = 0, sms = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  const int resident = sms * kCtas<kDim>;
+  const int resident = sms * kCtas<kDim, kParts>;
   const dim3 grid(units < resident ? unsigned(units) : unsigned(resident));
-  constexpr int kBytes = 2 * kLines * kDim * 2;  // two tiles of 16 bits
-  return launch(quantize_kernel<T, kDim, kPass>, grid, kThreads<kDim>, kBytes, p.stream, parts,
-                p.granularity == Granularity::kTensor);
+  constexpr int kTiles = 2 * kLines * kParts * kDim * 2;           // two tiles of 16 bits
+  constexpr int kBytes = kTiles + (kTiles == 48 * 1024 ? 16 : 0);  // static memory is beside them
+  return launch(quantize_kernel<T, kDim, kParts, kPass>, grid, kThreads<kDim, kParts>, kBytes,
+                p.stream, parts, p.granularity == Granularity::kTensor);
 }
 
-template <class T, int kDim>
+template <class T, int kDim, int kParts = 1>
 cudaError_t launch_passes(const QuantizeParams& p) {
-  if (p.granularity == Granularity::kBlock) return launch_pass<T, kDim, Pass::kAll>(p);
-  const cudaError_t status = launch_pass<T, kDim, Pass::kAmax>(p);
-  return status != cudaSuccess ? status : launch_pass<T, kDim, Pass::kRound>(p);
+  if (p.granularity == Granularity::kBlock) return launch_pass<T, kDim, kParts, Pass::kAll>(p);
+  const cudaError_t status = launch_pass<T, kDim, kParts, Pass::kAmax>(p);
+  return status != cudaSuccess ? status : launch_pass<T, kDim, kParts, Pass::kRound>(p);
 }
 
 template <class T>
 cudaError_t launch_dim(const QuantizeParams& p) {
   if (p.dim == 64) return launch_passes<T, 64>(p);
+  if (p.dim == 96) return launch_passes<T, 32, 3>(p);
   if (p.dim == 128) return launch_passes<T, 128>(p);
+  if (p.dim == 192) return launch_passes<T, 64, 3>(p);
   if (p.dim == 256) return launch_passes<T, 256>(p);
   return cudaErrorInvalidValue;
 }

@@ -5,7 +5,7 @@
 
 namespace flash::v3::fp8 {
 
-inline constexpr int kLines = 128;  // of a tile; a line is one row of one head
+inline constexpr int kLines = 128;  // of a tile; a line is one row of one head (or part of it)
 
 // What a launch does: everything, only the largest magnitudes, or only the rounding.
 enum class Pass { kAll, kAmax, kRound };

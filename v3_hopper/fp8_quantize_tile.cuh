@@ -16,11 +16,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                "l"(global), "r"(inside ? 16 : 0));
 }
 
-// What one warp does with its lines of a tile.
-template <class T, int kDim>
+// What one warp does with its lines of a tile. A head is kParts lines of kDim columns, each turned
+// on its own.
+template <class T, int kDim, int kParts>
 struct Quantizer {
   static constexpr int kWide = kDim / kUnit;  // units of a line
+  static constexpr int kPartWarps = kLines / kWarpLines<kDim>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int piece = kParts == 1 ? 0 : warp / kPartWarps;
 
   // Neighbouring lines' units swap places, that no two that are read together share banks.
   static __device__ __forceinline__ int place(int line, int unit) {
@@ -29,7 +32,7 @@ struct Quantizer {
 
   // The first of a warp's lines in a tile, from the first row of its unit.
   __device__ __forceinline__ int first_line(const Step& step) const {
-    return step.chunk * kLines + warp * kWarpLines<kDim>;
+    return step.chunk * kLines + (kParts == 1 ? warp : warp % kPartWarps) * kWarpLines<kDim>;
   }
 
   // Starts copying a warp's lines to its own places in shared memory, whole lines at once.
@@ -40,7 +43,7 @@ struct Quantizer {
     const int line = lane / kWide, column = lane % kWide, at = first_line(step) + line;
     const int64_t head = unit.head_kv * part.group + step.head;
     const T* from = static_cast<const T*>(source.data) + unit.source + at * source.row +
-                    head * source.head + column * kUnit;
+                    head * source.head + piece * kDim + column * kUnit;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int to = place(line + i * kTogether, column);
@@ -60,7 +63,7 @@ struct Quantizer {
     }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const uint4 turned = signs[Spot<kDim>(i / kUnits, i % kUnits).unit];
+      const uint4 turned = signs[piece * kWide + Spot<kDim>(i / kUnits, i % kUnits).unit];
       uint4& own = packed[i / kUnits][i % kUnits];
       own = {own.x ^ turned.x, own.y ^ turned.y, own.z ^ turned.z, own.w ^ turned.w};
     }
@@ -109,17 +112,24 @@ struct Quantizer {
 
   __device__ __forceinline__ void store(const Share& x, const Part& part, const Unit& unit,
                                         const Step& step, float inverse) const {
+    constexpr int kNext = kDim > 32 ? 2 : 1;  // neighbouring units that a thread has
     const int head = unit.head_kv * part.group + step.head;
 #pragma unroll
-    for (int i = 0; i < kCopies; i += 2) {
+    for (int i = 0; i < kCopies; i += kNext) {
       const Spot<kDim> spot(i / kUnits, i % kUnits);
       const int at = first_line(step) + spot.line;
       if (at >= unit.rows) continue;
-      const int64_t line = (unit.stored + at) * part.tensor.heads + head;
-      const float *first = x[i / kUnits][i % kUnits], *second = x[i / kUnits][i % kUnits + 1];
-      const uint4 packed = {round_four(first, inverse), round_four(first + 4, inverse),
-                            round_four(second, inverse), round_four(second + 4, inverse)};
-      __stcs(static_cast<uint4*>(part.tensor.stored) + (line * kWide + spot.unit) / 2, packed);
+      const int64_t line = ((unit.stored + at) * part.tensor.heads + head) * kParts + piece;
+      const float* first = x[i / kUnits][i % kUnits];
+      const uint2 low = {round_four(first, inverse), round_four(first + 4, inverse)};
+      if constexpr (kNext == 1) {
+        __stcs(static_cast<uint2*>(part.tensor.stored) + line * kWide + spot.unit, low);
+      } else {
+        const float* second = x[i / kUnits][i % kUnits + 1];
+        const uint4 both = {low.x, low.y, round_four(second, inverse),
+                            round_four(second + 4, inverse)};
+        __stcs(static_cast<uint4*>(part.tensor.stored) + (line * kWide + spot.unit) / 2, both);
+      }
     }
   }
 
@@ -156,8 +166,8 @@ struct Quantizer {
       }
       const int at = first_line(step) + line;
       if (at >= unit.rows) continue;
-      const int64_t row = (unit.stored + at) * part.tensor.heads + head;
-      __stcs(static_cast<uint2*>(part.tensor.stored) + row * kWide + column,
+      const int64_t to = ((unit.stored + at) * part.tensor.heads + head) * kParts + piece;
+      __stcs(static_cast<uint2*>(part.tensor.stored) + to * kWide + column,
              uint2{words[0], words[1]});
     }
   }

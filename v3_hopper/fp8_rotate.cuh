@@ -1,5 +1,5 @@
-// Random signs and the Hadamard matrix over a line of 64, 128 or 256 elements: sixteen elements at
-// a time on the tensor cores, the rest in registers.
+// Random signs and the Hadamard matrix over a line of 32, 64, 128 or 256 elements: sixteen elements
+// at a time on the tensor cores, the rest in registers.
 #pragma once
 
 #include "common/dispatch.h"
@@ -23,6 +23,10 @@ struct Spot {
     const int lane = threadIdx.x % kWarp;
     line = lane / 4 + (kDim < 256 ? half * 8 : 0) + (kDim == 64 ? k / 2 * 16 : 0);
     unit = lane % 4 * 2 + k % 2 + (kDim > 64 ? k / 2 * 8 : 0) + (kDim == 256 ? half * 16 : 0);
+    if constexpr (kDim == 32) {  // a line has one unit in each of a quad's threads
+      line += k * 16;
+      unit = lane % 4;
+    }
   }
 };
 
@@ -84,7 +88,8 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
   b = difference;
 }
 
-// x H: bits 0, 1, 4 and 5 of the index at once, then bits 2, 3, 6 and 7, each in fp32.
+// x H: bits 0, 1, 4 and 5 of the index at once, then bits 2, 3, 6 and 7, each in fp32. Of a line of
+// 32: bits 0, 1, 3 and 4, then bit 2.
 template <int kDim, class T>
 __device__ __forceinline__ void rotate(Share& x, const uint4 (&packed)[kHalves][kUnits],
                                        const Hadamard16<T>& hadamard) {
@@ -111,13 +116,15 @@ __device__ __forceinline__ void rotate(Share& x, const uint4 (&packed)[kHalves][
         if (i < 4) butterfly(x[half][k][i], x[half][k][i + 4]);
       }
     }
+    if constexpr (kDim > 32) {
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      butterfly(x[half][0][i], x[half][1][i]);
-      butterfly(x[half][2][i], x[half][3][i]);
-      if constexpr (kDim > 64) {
-        butterfly(x[half][0][i], x[half][2][i]);
-        butterfly(x[half][1][i], x[half][3][i]);
+      for (int i = 0; i < kUnit; ++i) {
+        butterfly(x[half][0][i], x[half][1][i]);
+        butterfly(x[half][2][i], x[half][3][i]);
+        if constexpr (kDim > 64) {
+          butterfly(x[half][0][i], x[half][2][i]);
+          butterfly(x[half][1][i], x[half][3][i]);
+        }
       }
     }
   }

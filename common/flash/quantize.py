@@ -115,10 +115,12 @@ def incoherent(x: Tensor) -> Tensor:
 
 def signed_sums(x: Tensor) -> Tensor:
     """The same without its norm, which scales can take. In the kernel's order: its tensor cores add
-    the 16 elements that differ in bits 0, 1, 4 and 5 of their index first."""
+    the 16 elements that differ in bits 0, 1, 4 and 5 of their index first (0, 1, 3 and 4 of 32)."""
     dim, part = x.shape[-1], part_of(x.shape[-1])
     x = x.float() * random_signs(dim).to(x.device)
     steps = (1, 2, 16, 32, 4, 8, *(1 << bit for bit in range(6, part.bit_length())))
+    if part == 32:
+        steps = (1, 2, 8, 16, 4)
     for step in steps:
         if step < part:
             pairs = x.unflatten(-1, (dim // (2 * step), 2, step))

@@ -14,7 +14,7 @@ from flash.errors import LaunchError
 
 GRANULARITIES = {"block": 0, "head": 1, "tensor": 2}
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 96, 128, 192, 256)
 _ALIGNED = 16
 
 
