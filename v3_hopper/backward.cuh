@@ -65,7 +65,10 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   ring.q.advance();
   ring.dout.advance();
   ring.ds.advance();
-  if (kLast && self.warpgroup == 1) named_arrive(kScoreGradientStored, self.kThreads);
+  if constexpr (kLast) {
+    fence_async_proxy();
+    if (self.warpgroup == 1) named_arrive(kScoreGradientStored, self.kThreads);
+  }
   self.take_turn();
   pin(r.p16);
   pin(r.ds16);
@@ -82,7 +85,8 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   issue_dq(self, r, before);  // in the first step of no block, and not used
   if constexpr (!kLast) {
     issue_scores(self, r, ring.q);
-    wgmma_wait<1>();  // dK and dQ are there
+    fence_async_proxy();  // the other's dQ reads this dS after its next turn
+    wgmma_wait<1>();      // dK and dQ are there
     self.give_turn();
   } else {
     if (self.warpgroup == 0) self.give_turn();

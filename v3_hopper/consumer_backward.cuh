@@ -174,7 +174,7 @@ __device__ __forceinline__ void issue_dp(const KeyConsumer<Traits>& self, Fragme
   wgmma_commit();
 }
 
-// dP^T -> dS^T, which all keys' dQ reads from shared memory.
+// dP^T -> dS^T, which all keys' dQ reads from shared memory, once it is fenced.
 template <class Traits>
 __device__ __forceinline__ void find_score_gradient(const KeyConsumer<Traits>& self,
                                                     Fragments<Traits>& r, int slot) {
@@ -184,7 +184,6 @@ __device__ __forceinline__ void find_score_gradient(const KeyConsumer<Traits>& s
   if (r.suspicious) self.shared.suspicious[slot] = 1;
   const int warp = threadIdx.x / 32 % 4;
   store_fragment(shared_address(self.shared.ds[slot][self.key + 16 * warp]), 0, r.ds16);
-  fence_async_proxy();
 }
 
 // Issues dQ of the block in this slot of dS.
