@@ -106,6 +106,8 @@ __global__ void __launch_bounds__(kThreads<kDim, kParts>, kCtas<kDim, kParts>)
       if (infinite) quantizer.clear_infinite(x);
       if (part.tensor.rotate) {
         quantizer.store(x, part, unit, step, inverse);
+      } else if (part.tensor.keys_first) {
+        quantizer.store_keys_first(x, own + slot * kSlots, part, unit, step, inverse);
       } else {
         quantizer.store_plain(x, part, unit, step, inverse);
       }

@@ -19,6 +19,8 @@ struct QuantizeTensor {
   int block_rows = 0;   // rows of a block; heads / heads_kv heads share its scale
   bool rotate = false;  // random signs and the Hadamard matrix over dim
   bool spread = false;  // where not rotated: errors of a column cancel over rows
+  // Where not rotated, nor packed: stored as (batch, heads, dim, rows). Rows are multiples of 16.
+  bool keys_first = false;
 };
 
 struct QuantizeParams {

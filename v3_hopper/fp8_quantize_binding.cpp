@@ -17,16 +17,17 @@ using Pointer = uintptr_t;
 using ViewTuple = std::tuple<Pointer, int64_t, int64_t, int64_t>;  // data, batch, row, head
 using Sizes = std::tuple<int, int, int, int, int>;  // batch, rows, heads, kv heads, block
 using Places = std::tuple<Pointer, Pointer, Pointer, Pointer>;  // stored, descale, amax, lengths
-using TensorTuple = std::tuple<ViewTuple, Sizes, bool, bool, Places>;
+using TensorTuple = std::tuple<ViewTuple, Sizes, bool, bool, bool, Places>;
 
 QuantizeTensor tensor_of(const TensorTuple& given) {
-  const auto& [source, sizes, rotate, spread, places] = given;
+  const auto& [source, sizes, rotate, spread, keys_first, places] = given;
   QuantizeTensor t;
   t.source = {reinterpret_cast<void*>(std::get<0>(source)), std::get<1>(source),
               std::get<2>(source), std::get<3>(source)};
   std::tie(t.batch, t.rows, t.heads, t.heads_kv, t.block_rows) = sizes;
   t.rotate = rotate;
   t.spread = spread;
+  t.keys_first = keys_first;
   t.stored = reinterpret_cast<void*>(std::get<0>(places));
   t.descale = reinterpret_cast<float*>(std::get<1>(places));
   t.amax = reinterpret_cast<float*>(std::get<2>(places));

@@ -8,5 +8,6 @@ from pathlib import Path
 from grid import ON_GPU
 
 sys.path.insert(0, str(Path(__file__).parent))
-NEEDS_CUDA = ("test_cuda.py", "test_fp8.py", "test_large.py", "test_memory.py", "test_plan.py")
+NEEDS_CUDA = ("test_cuda.py", "test_fp8.py", "test_fp8_quantizer.py", "test_large.py",
+              "test_memory.py", "test_plan.py")  # fmt: skip
 collect_ignore = [] if ON_GPU else list(NEEDS_CUDA)

@@ -60,6 +60,7 @@ class Task(NamedTuple):
     rotate: bool
     spread: bool = False  # errors of a column cancel over rows; not of what is rotated
     packed: tuple[Tensor, int] | None = None  # (cu_seqlens, longest) of (total, heads, dim)
+    keys_first: bool = False  # rows, multiples of 16, become contiguous; not of what is rotated
 
 
 def quantize(tasks: Sequence[Task], granularity: str) -> list[tuple[Tensor, Tensor]]:
@@ -91,11 +92,20 @@ def _sizes(task: Task) -> tuple[int, int]:
     return task.packed[0].shape[0] - 1, task.packed[1]
 
 
+def empty(shape: Sequence[int], keys_first: bool, device: torch.device) -> Tensor:
+    """(.., rows, heads, dim) in e4m3; keys first, (batch, heads, dim, rows) in memory."""
+    if not keys_first:
+        return torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+    batch, rows, heads, dim = shape
+    stored = torch.empty((batch, heads, dim, rows), dtype=torch.float8_e4m3fn, device=device)
+    return stored.permute(0, 3, 1, 2)
+
+
 def _outputs(task: Task, granularity: str) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, rows = _sizes(task)
     blocks = max(1, -(-rows // task.block)) if granularity == "block" else 1
     device, heads_kv = task.x.device, task.heads_kv
-    stored = torch.empty(task.x.shape, dtype=torch.float8_e4m3fn, device=device)
+    stored = empty(task.x.shape, task.keys_first, device)
     scale = torch.empty((batch, blocks, heads_kv), dtype=torch.float32, device=device)
     if granularity == "block":
         return stored, scale, None
@@ -109,4 +119,5 @@ def _described(task: Task, stored: Tensor, scale: Tensor, amax: Tensor | None) -
     sizes = (*_sizes(task), x.shape[-2], task.heads_kv, task.block)
     places = (stored.data_ptr(), scale.data_ptr(), 0 if amax is None else amax.data_ptr(),
               0 if packed is None else packed[0].data_ptr())  # fmt: skip
-    return (x.data_ptr(), *strides), sizes, task.rotate, task.spread, places
+    flags = (task.rotate, task.spread, task.keys_first)
+    return (x.data_ptr(), *strides), sizes, *flags, places
