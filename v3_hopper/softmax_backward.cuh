@@ -45,10 +45,19 @@ struct Position {
 template <int N>
 __device__ __forceinline__ void mask(float (&s)[N], const Sequence& sequence, Position at,
                                      float hidden) {
+  // Rows from at.row on that see at.key, and keys behind the last: elements meet constants then.
+  const int least = at.key - sequence.last - at.row;
+  const int most = at.key - sequence.first - at.row;
+  const int behind = at.key - sequence.seqlen_k;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int key = at.key + 8 * (i / 2 % 2);
-    if (!sequence.visible(at.row + 8 * (i / 4) + i % 2, key)) s[i] = hidden;
+  for (int half = 0; half < 2; ++half) {
+    const int low = behind + 8 * half < 0 ? least + 8 * half : 2 * N;
+    const int high = most + 8 * half;
+#pragma unroll
+    for (int i = 2 * half; i < N; i += 4) {
+      if (8 * (i / 4) < low || 8 * (i / 4) > high) s[i] = hidden;
+      if (8 * (i / 4) + 1 < low || 8 * (i / 4) + 1 > high) s[i + 1] = hidden;
+    }
   }
 }
 
