@@ -65,6 +65,12 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     ("v3_hopper/fp8_load.cuh", "kConsumers * kGroupWarps", "kConsumers * kGroupThreads"),
     ("v3_hopper/fp8_pipe.cuh", "if (elect_one()) shared.k_empty", "shared.k_empty"),
     ("v3_hopper/fp8_load.cuh", ".init(kTransposers);", ".init(32 * kTransposers);"),
+    ("v3_hopper/fp8_load.cuh", "init(kTransposers + Traits", "init(32 * kTransposers + Traits"),
+    ("v3_hopper/fp8_load.cuh", "guarded ? 1 : kTransposers", "guarded ? 1 : 32 * kTransposers"),
+    ("v3_hopper/fp8_guard.cuh",
+     "    if (threadIdx.x % kWarp == 0) {\n      shared.v_full[slot].arrive();\n"
+     "      shared.raw_empty[from].arrive();\n    }\n",
+     "    shared.v_full[slot].arrive();\n    shared.raw_empty[from].arrive();\n"),
     ("v3_hopper/fp8_transpose.cuh",
      "      shared.v_full[tile.slot<Traits::kStages>()].arrive();\n"
      "      shared.raw_empty[from].arrive();\n    }\n",

@@ -38,7 +38,7 @@ struct Consumer {
     store_state<Traits>(args, work, consumer, next.thread_row(), pipe.tile_o(), rO, lse);
     if (work.poisoned) {
       pipe.sync();  // all rows are written
-      restore_poison<Traits>(args.p, work, work.row + next.group_row);
+      restore_poison<Traits>(args.p, work, work.row + next.group_row, args.p.v.row);
     }
     pipe.release_work(work);
     clear(rO);

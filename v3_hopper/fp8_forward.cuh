@@ -3,6 +3,7 @@
 #pragma once
 
 #include "v3_hopper/fp8_gemm.cuh"
+#include "v3_hopper/fp8_guard.cuh"
 #include "v3_hopper/fp8_load.cuh"
 #include "v3_hopper/fp8_pipe.cuh"
 #include "v3_hopper/fp8_softmax.cuh"
@@ -74,7 +75,8 @@ struct Consumer {
       factor = 1.0f;
     }
     if (boundary) {
-      mask<Traits>(rS, work.sequence, work.row + thread_row(), block * Traits::kBlockKV);
+      const int key = block * Traits::kBlockKV;
+      hide<Traits>(rS, work.sequence, work.row + thread_row(), key);
     }
     update<Traits>(rS, state, rO, factor);
     change_units(state, v_ratio);
@@ -129,6 +131,7 @@ struct Consumer {
     // O leaves through the slot of V that was the last to be used by this warpgroup and by those
     // that come after it.
     __device__ __forceinline__ bool stages_o(int consumer) const {
+      if (Traits::kKeysContiguous) return true;
       return below == 0 && end - first >= Traits::kConsumers - consumer;
     }
   };
@@ -149,7 +152,9 @@ struct Consumer {
                         lse);
     if (work.poisoned) {
       pipe.sync();  // all rows are written
-      restore_poison<Traits>(args.p, work, work.row + group_row());
+      const View& v = args.p.v;
+      restore_poison<Traits>(args.p, work, work.row + group_row(), v.row,
+                             Traits::kKeysContiguous ? v.head / Traits::kHeadDimV : 1);
     }
     pipe.release_work();
     return staged;
@@ -196,7 +201,7 @@ struct Consumer {
       soften(rS, work, block, !unmasked.holds(block), block == at.first, to_log2 * pipe.scales().k,
              pipe.scales().v_ratio);
       const bool keeps_v = block == at.first + Traits::kConsumers - 1 - consumer;
-      has_k = accumulate(keeps_v && span(work).below == 0);
+      has_k = accumulate(!Traits::kKeysContiguous && keeps_v && span(work).below == 0);
     }
     for (int i = span(work).below; i > 0; --i) skip();
   }
@@ -215,6 +220,7 @@ struct Consumer {
     }
     pipe.give_turn();
     finish_before(*done);
+    if (threadIdx.x % kGroupThreads == 0) wait_stores_read<0>();  // their memory is still ours
   }
 
   __device__ __forceinline__ void run_plain() {
@@ -283,7 +289,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (threadIdx.x < kWarp) {
       fp8::produce<Traits>(args, shared);
     } else {
-      transpose_all<Traits>(shared);
+      if constexpr (Traits::kKeysContiguous) {
+        clean_all<Traits>(shared);
+      } else {
+        transpose_all<Traits>(shared);
+      }
     }
   } else {
     grow_registers<Traits::kConsumerRegisters>();

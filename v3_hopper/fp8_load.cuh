@@ -1,7 +1,7 @@
 // Global -> shared by TMA, in FP8: one warp keeps the rings of Q, K and V as it comes full.
 #pragma once
 
-#include "v3_hopper/fp8_traits.cuh"
+#include "v3_hopper/fp8_maps.cuh"
 #include "v3_hopper/load.cuh"
 
 namespace flash::v3::fp8 {
@@ -21,7 +21,7 @@ __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   for (int i = 0; i < Traits::kStages; ++i) {
     shared.k_full[i].init(2);  // the copy and the scale
     shared.k_empty[i].init(Traits::kConsumers * kGroupWarps);
-    shared.v_full[i].init(kTransposers);
+    shared.v_full[i].init(kTransposers + Traits::kKeysContiguous);  // and of the copy
     shared.v_empty[i].init(Traits::kConsumers);
   }
   for (int i = 0; i < Traits::kStagesRaw; ++i) {
@@ -36,7 +36,7 @@ template <class Traits>
 struct Loader {
   const Arguments& args;
   typename Traits::Shared& shared;
-  Counter tile, k, v;
+  Counter tile, block, orders;  // block: of K, until its V has been loaded, too
 
   __device__ __forceinline__ void load_q(const Work& at) {
     const int slot = tile.template slot<Traits::kStagesQ>();
@@ -56,44 +56,74 @@ struct Loader {
     const int key = block * Traits::kBlockKV;
     const float k_scale = descale_of(args.p.k_descale, at.index, key, at.head_kv);
     const float v_scale = descale_of(args.p.v_descale, at.index, key, at.head_kv);
-    const int slot = k.template slot<Traits::kStages>();
-    shared.k_empty[slot].wait(k.template parity<Traits::kStages>() ^ 1);
+    const int slot = this->block.template slot<Traits::kStages>();
+    shared.k_empty[slot].wait(this->block.template parity<Traits::kStages>() ^ 1);
     if (threadIdx.x == 0) {
       Barrier& full = shared.k_full[slot];
       full.arrive_expect(Traits::kBytesK);
-      load_rows<Traits::kBlockKV, Traits::kChunks>(
-          shared.k[slot], args.k, key_row<Traits>(at, block), at.head_kv, at.batch, full);
-      const float before = first ? 1.0f : shared.scales[(k.passed - 1) % Traits::kStages].v;
+      load_block(shared.k[slot], at, block, full);
+      const float before =
+          first ? 1.0f : shared.scales[(this->block.passed - 1) % Traits::kStages].v;
       const float ratio = isfinite(before) ? __fdividef(before, v_scale) : 0.0f;
       shared.scales[slot] = {k_scale, v_scale, ratio + (v_scale - v_scale)};
       full.arrive();
     }
-    ++k.passed;
   }
 
   __device__ __forceinline__ void load_v(const Work& at, int block) {
+    if constexpr (Traits::kKeysContiguous) {
+      load_columns(at, block);
+    } else {
+      load_raw(at, block);
+    }
+  }
+
+  __device__ __forceinline__ void load_raw(const Work& at, int block) {
     const int key = block * Traits::kBlockKV, keys = at.sequence.seqlen_k - key;
     const bool packed = args.p.cu_seqlens_k != nullptr;
     const Care care = !needs_guard<Traits>(at, block, packed) ? Care::kNone
                       : packed && keys < Traits::kBlockKV     ? Care::kClean
                                                               : Care::kLook;
-    const int slot = v.template slot<Traits::kStagesRaw>();
-    shared.raw_empty[slot].wait(v.template parity<Traits::kStagesRaw>() ^ 1);
+    const int slot = this->block.template slot<Traits::kStagesRaw>();
+    shared.raw_empty[slot].wait(this->block.template parity<Traits::kStagesRaw>() ^ 1);
     if (threadIdx.x == 0) {
       Barrier& full = shared.raw_full[slot];
       full.arrive_expect(Traits::kBytesRaw);
       load_rows<Traits::kBlockKV, Traits::kChunksV>(
           shared.raw[slot], args.v, key_row<Traits>(at, block), at.head_kv, at.batch, full);
-      shared.orders[slot] = {care, keys, tile.template slot<Traits::kWorkSlots>()};
+      shared.orders[slot] = {care, keys, tile.template slot<Traits::kWorkSlots>(), 0};
       full.arrive();
     }
-    ++v.passed;
+    ++this->block.passed;
+  }
+
+  // V with contiguous keys goes to where it is used. It counts as full after the copy and one
+  // arrival of each warp that looks for NaN; where none has to, this one arrives for them.
+  __device__ __forceinline__ void load_columns(const Work& at, int block) {
+    const bool guarded = needs_guard<Traits>(at, block, false);
+    const int slot = this->block.template slot<Traits::kStages>();
+    const int order = orders.template slot<Traits::kStagesRaw>();
+    shared.v_empty[slot].wait(this->block.template parity<Traits::kStages>() ^ 1);
+    if (guarded) shared.raw_empty[order].wait(orders.template parity<Traits::kStagesRaw>() ^ 1);
+    if (threadIdx.x == 0) {
+      Barrier& full = guarded ? shared.raw_full[order] : shared.v_full[slot];
+      full.arrive_expect(Traits::kHeadDimV * kChunkBytes);
+      shared.v_full[slot].arrive(guarded ? 1 : kTransposers);
+      load_box(shared.v[slot], args.v, {block * Traits::kBlockKV, 0, at.head_kv, at.batch}, full);
+      if (guarded) {
+        shared.orders[order] = {Care::kClean, 0, tile.template slot<Traits::kWorkSlots>(), slot};
+        full.arrive();
+      }
+    }
+    ++this->block.passed;
+    orders.passed += guarded;
   }
 
   // No tile of V follows.
   __device__ __forceinline__ void end() {
-    const int slot = v.template slot<Traits::kStagesRaw>();
-    shared.raw_empty[slot].wait(v.template parity<Traits::kStagesRaw>() ^ 1);
+    const Counter& last = Traits::kKeysContiguous ? orders : block;
+    const int slot = last.template slot<Traits::kStagesRaw>();
+    shared.raw_empty[slot].wait(last.template parity<Traits::kStagesRaw>() ^ 1);
     if (threadIdx.x == 0) {
       shared.orders[slot].care = Care::kEnd;
       shared.raw_full[slot].arrive(2);
@@ -101,6 +131,21 @@ struct Loader {
   }
 
  private:
+  __device__ __forceinline__ void load_block(unsigned char* tile, const Work& at, int block,
+                                             Barrier& full) const {
+    if constexpr (Traits::kKeysContiguous) {
+      constexpr int kHalf = Traits::kBlockKV / 2;
+#pragma unroll
+      for (int i = 0; i < 2 * Traits::kChunks; ++i) {
+        load_keys(tile + i * kHalf * kChunkBytes, args.k, i / 2 * kChunkBytes, i % 2,
+                  block * (Traits::kBlockKV / kKeyGroup), at.head_kv, at.batch, full);
+      }
+    } else {
+      load_rows<Traits::kBlockKV, Traits::kChunks>(tile, args.k, key_row<Traits>(at, block),
+                                                   at.head_kv, at.batch, full);
+    }
+  }
+
   template <int kRows, int kChunkCount>
   __device__ __forceinline__ void load_rows(unsigned char* tile, const CUtensorMap& map, int row,
                                             int head, int batch, Barrier& full) const {

@@ -71,9 +71,13 @@ struct Pipes {
 
   // Where O passes through on its way out: the last block's V for the last consumer, V of the block
   // before for the one before, since all others have used it.
-  __device__ __forceinline__ unsigned char* tile_o() const { return shared.v[slot_o()]; }
+  // Memory of its own where V is not transposed: then nothing is given back.
+  __device__ __forceinline__ unsigned char* tile_o() const {
+    if constexpr (Traits::kKeysContiguous) return shared.raw[consumer];
+    return shared.v[slot_o()];
+  }
   __device__ __forceinline__ void release_o() const {
-    if (!leader()) return;
+    if (Traits::kKeysContiguous || !leader()) return;
     wait_stores_read<0>();
     shared.v_empty[slot_o()].arrive();
   }
@@ -81,12 +85,18 @@ struct Pipes {
   // Consumers issue their GEMMs in turn, so that the softmax of one runs under the GEMMs of
   // another.
   __device__ __forceinline__ void first_turn() const {
-    if (consumer == Traits::kConsumers - 1) named_arrive(kTurn, 2 * kGroupThreads);
+    if (Traits::kTakesTurns && consumer == Traits::kConsumers - 1)
+      named_arrive(kTurn, 2 * kGroupThreads);
   }
   __device__ __forceinline__ void take_turn() const {
-    named_sync(kTurn + consumer, 2 * kGroupThreads);
+    if constexpr (Traits::kTakesTurns) {
+      named_sync(kTurn + consumer, 2 * kGroupThreads);
+    } else {
+      __syncwarp();  // what follows is not worked out ahead of it: there are no registers for that
+    }
   }
   __device__ __forceinline__ void give_turn() const {
+    if (!Traits::kTakesTurns) return;
     named_arrive(kTurn + (consumer + 1) % Traits::kConsumers, 2 * kGroupThreads);
   }
 

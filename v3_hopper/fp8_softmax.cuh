@@ -120,6 +120,45 @@ __device__ __forceinline__ uint32_t pack_four(float a, float b, float c, float d
   return packed;
 }
 
+// Which accumulators of a row, `first` and the next, `second` and the next, are a thread's four
+// keys number `group`: two groups of 8 columns that are neighbours, or, where K's rows lie in
+// another order, that are half a block apart.
+template <class Traits>
+struct KeyOrder {
+  static constexpr int kGroup = Traits::kKeysContiguous ? 4 : 8;
+  static constexpr int kSecond = Traits::kKeysContiguous ? Traits::kBlockKV / 4 : 4;
+};
+
+// Of a thread's keys 0 to 3, 16 to 19, 32 to 35, ... those below `end`, one bit each.
+__device__ __forceinline__ uint32_t keys_below(int end) {
+  const int inside = max(end, 0), count = inside / 16 * 4 + min(inside % 16, 4);
+  return count == 0 ? 0u : ~0u >> (32 - min(count, 32));
+}
+
+// Scores that a row must not see become -inf. `row` is the first of this thread's two rows.
+template <class Traits>
+__device__ __forceinline__ void hide(float (&s)[Traits::kBlockKV / 2], const Sequence& sequence,
+                                     int row, int key) {
+  if constexpr (!Traits::kKeysContiguous) {
+    mask<Traits>(s, sequence, row, key);
+  } else {
+    const int first_key = key + threadIdx.x % 4 * 4;  // and the three behind it, of each 16
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Bit i: key i % 4 of the 16 number i / 4.
+      const uint32_t from = keys_below(row + 8 * half + sequence.first - first_key);
+      const int last = min(row + 8 * half + sequence.last, sequence.seqlen_k - 1);
+      const uint32_t visible = keys_below(last + 1 - first_key) & ~from;
+#pragma unroll
+      for (int i = 0; i < Traits::kBlockKV / 4; ++i) {
+        const int at = i / 4 * KeyOrder<Traits>::kGroup + i % 4 / 2 * KeyOrder<Traits>::kSecond;
+        float& score = s[at + half * 2 + i % 2];
+        score = visible >> i & 1 ? score : -INFINITY;
+      }
+    }
+  }
+}
+
 // P as a register operand: 16 accumulators become one slab of 32 keys.
 template <class Traits>
 __device__ __forceinline__ void exponentials(uint32_t (&p)[Traits::kBlockKV / 8],
@@ -136,8 +175,9 @@ __device__ __forceinline__ void exponentials(uint32_t (&p)[Traits::kBlockKV / 8]
   }
 #pragma unroll
   for (int i = 0; i < Traits::kBlockKV / 8; ++i) {
-    const int at = i / 2 * 8 + i % 2 * 2;  // two neighbouring groups of 8 columns, one row
-    p[i] = pack_four(s[at], s[at + 1], s[at + 4], s[at + 5]);
+    const int first = i / 2 * KeyOrder<Traits>::kGroup + i % 2 * 2;  // of one row
+    const int second = first + KeyOrder<Traits>::kSecond;
+    p[i] = pack_four(s[first], s[first + 1], s[second], s[second + 1]);
   }
 }
 

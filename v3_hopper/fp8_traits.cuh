@@ -55,14 +55,18 @@ struct Order {
   Care care;
   int keys;  // rows that count
   int work;  // slot of its tile of work
+  int v;     // slot of V where it lies, if it comes with contiguous keys
 };
 
-template <class Instance, bool kFeaturedScores>
+// kContiguous: V comes with its keys contiguous. Nothing is transposed then: the warps that would
+// only look for NaN where a row must not see a key.
+template <class Instance, bool kFeaturedScores, bool kContiguous = false>
 struct Traits {
   using Element = e4m3;
   using Output = bf16;
   using Tuned = Tuning<Instance::kHeadDim, Instance::kHeadDimV>;
   static constexpr bool kFeatured = kFeaturedScores;  // softcap, or a scale that is not positive
+  static constexpr bool kKeysContiguous = kContiguous;
   static constexpr int kHeadDim = Instance::kHeadDim;
   static constexpr int kHeadDimV = Instance::kHeadDimV;
   // Four consumers leave no registers for features.
@@ -95,7 +99,11 @@ struct Traits {
   static_assert(kBlockKV == kChunkBytes, "a transposed tile is one chunk wide");
   static constexpr int kChunkColumns = kChunkBytes / int(sizeof(Output));  // of O
   static constexpr int kStagedO = kHeadDimV / kChunkColumns;
-  static constexpr bool kStagesO = kConsumers == 2;  // O leaves through a slot of V
+  // O leaves through a slot of V, or through the memory where V would be transposed from.
+  static constexpr bool kStagesO = kConsumers == 2;
+  static_assert(!kStagesO || kConsumers * kStagedO * kGroupRows <= kStagesRaw * kBytesRaw / 128);
+  // At 256 the consumers overlap better without an order once nothing is transposed beside them.
+  static constexpr bool kTakesTurns = !kKeysContiguous || kHeadDim < 256;
   static constexpr int kWorkSlots = 4;
 
   struct Shared {

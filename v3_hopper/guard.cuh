@@ -106,10 +106,11 @@ __device__ __forceinline__ void guard(const Arguments& args, typename Traits::Sh
 // Adds every NaN and Inf of V that a row sees to that row of the output, which one consumer has
 // just written: rows [row, row + kGroupRows) of the sequence.
 template <class Traits>
-__device__ __forceinline__ void restore_poison(const ForwardParams& p, const Work& work, int row) {
+__device__ __forceinline__ void restore_poison(const ForwardParams& p, const Work& work, int row,
+                                               int64_t key_stride, int64_t column_stride = 1) {
   const Sequence& sequence = work.sequence;
   const auto* gV = static_cast<const typename Traits::Element*>(p.v.data) + work.batch * p.v.batch +
-                   sequence.row_k * p.v.row + work.head_kv * p.v.head;
+                   sequence.row_k * key_stride + work.head_kv * p.v.head;
   auto* gO = static_cast<typename Traits::Output*>(p.o.data) + work.batch * p.o.batch +
              sequence.row_q * p.o.row + work.head * p.o.head;
   const int end_row = min(row + kGroupRows, sequence.seqlen_q);
@@ -118,7 +119,7 @@ __device__ __forceinline__ void restore_poison(const ForwardParams& p, const Wor
   for (int column = threadIdx.x % kGroupThreads; column < p.head_dim_v; column += kGroupThreads) {
 #pragma unroll 1
     for (int key = keys.begin; key < keys.end; ++key) {
-      const float value = float(gV[key * p.v.row + column]);
+      const float value = float(gV[key * key_stride + column * column_stride]);
       if (fabsf(value) < INFINITY) continue;
 #pragma unroll 1
       for (int r = row; r < end_row; ++r) {

@@ -85,10 +85,16 @@ cudaError_t make_maps(Arguments& args) {
   };
   constexpr typename Traits::Element in = {};
   constexpr typename Traits::Output out = {};
+  cudaError_t status_k, status_v;
+  if constexpr (Traits::kKeysContiguous) {
+    status_k = fp8::make_map_k<Traits>(args.k, p);
+    status_v = fp8::make_map_v<Traits>(args.v, p);
+  } else {
+    status_k = map(in, args.k, p.k, p.head_dim, rows_k, p.heads_kv, batch_k, Traits::kBlockKV);
+    status_v = map(in, args.v, p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, Traits::kBlockKV);
+  }
   const cudaError_t results[] = {
-      map(in, args.q, p.q, p.head_dim, rows_q, p.heads_q, batch_q, kGroupRows),
-      map(in, args.k, p.k, p.head_dim, rows_k, p.heads_kv, batch_k, Traits::kBlockKV),
-      map(in, args.v, p.v, p.head_dim_v, rows_k, p.heads_kv, batch_k, Traits::kBlockKV),
+      status_k, status_v, map(in, args.q, p.q, p.head_dim, rows_q, p.heads_q, batch_q, kGroupRows),
       map(out, args.o, p.o, p.head_dim_v, rows_q, p.heads_q, batch_q, kGroupRows)};
   for (const cudaError_t result : results) {
     if (result != cudaSuccess) return result;
@@ -138,6 +144,12 @@ template <class Instance>
 cudaError_t launch_forward(const ForwardParams& p) {
   if (count_tiles<ForwardTraits<Instance, false>>(p) == 0) return cudaSuccess;
   const bool featured = p.softcap > 0.0f || !(p.scale > 0.0f);
+  if constexpr (kDType<typename Instance::Element> == DType::kFloat8E4M3) {
+    if (fp8::has_contiguous_keys(p)) {
+      return featured ? launch_traits<fp8::Traits<Instance, true, true>>(p)
+                      : launch_traits<fp8::Traits<Instance, false, true>>(p);
+    }
+  }
   if (featured) return launch_traits<ForwardTraits<Instance, true>>(p);
   if constexpr (kHasLongTiles<Instance>) {
     if (is_long(p)) return launch_traits<Traits<Instance, false, true>>(p);

@@ -98,6 +98,7 @@ struct Traits {
   using Output = Element;
   using Tuned = Tuning<Instance::kHeadDim, Instance::kHeadDimV, kLong>;
   static constexpr bool kFeatured = kFeaturedScores;  // softcap, or a scale that is not positive
+  static constexpr bool kKeysContiguous = false;      // of V: in FP8
   static constexpr int kHeadDim = Instance::kHeadDim;
   static constexpr int kHeadDimV = Instance::kHeadDimV;
   static constexpr int kConsumers = Tuned::kConsumers;

@@ -22,6 +22,8 @@ AXES = {
     "packed": ("total", "heads", "dim"),
 }
 
+KEY_STEP = 16  # of V with contiguous keys
+
 
 def check_kind(name: str, x: Any) -> None:
     """A strided torch tensor."""
@@ -59,6 +61,17 @@ def check_unit_stride(name: str, x: Tensor) -> None:
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         hint = f"call {name}.contiguous()"
         raise wrong_value(f"{name}.stride(-1)", x.stride(-1), "1", hint)
+
+
+def check_value_strides(v: Tensor, axes: tuple[str, ...]) -> None:
+    """FP8's V may come with its keys contiguous: memory (batch, heads, head dim, keys)."""
+    if v.dtype != FP8 or "seq" not in axes or v.stride(-1) == 1 or v.stride(axes.index("seq")) != 1:
+        return check_unit_stride("v", v)
+    keys = v.shape[axes.index("seq")]
+    packed = v.stride(axes.index("heads")) == v.shape[-1] * v.stride(-1)
+    if keys % KEY_STEP != 0 or not packed:
+        expected = f"memory (batch, heads, head dim, keys) and a multiple of {KEY_STEP} keys"
+        raise wrong_value("v.stride()", v.stride(), expected, "call v.contiguous()")
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[Any, ...], why: str) -> None:
@@ -123,7 +136,10 @@ def check_inputs(q: Any, k: Any, v: Any, layout: str) -> None:
     check_head_dim("q", q.shape[-1])
     check_head_dim("v", v.shape[-1])
     for name, x in named:
-        check_unit_stride(name, x)
+        if name == "v":
+            check_value_strides(x, axes)
+        else:
+            check_unit_stride(name, x)
         if x.dtype == FP8 and x.requires_grad:
             text = f"{name} is FP8 and requires grad; FP8 is forward only; use precision='fp8'"
             raise UnsupportedError(text, argument=name, given="requires_grad", expected=False)
