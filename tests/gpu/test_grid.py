@@ -47,6 +47,9 @@ LONG = [  # v3 takes its long tiles where all heads have 2^18 rows
 LONG_ROWS = [  # unmasked, from 2048 rows on: at d = 128 v3 rounds dQ in the grid that sums it
     *vary([Case(2111, 1100), Case(2049, 700, heads_q=4, heads_kv=1, dtype=FP16)], dim=[96, 128])
 ]
+LONG_KEYS = vary(  # grouped, from 4096 keys on: at d = 128 v3 zeroes dQ beforehand
+    [Case(200, 4200, 128, heads_q=4, heads_kv=1)], causal=[False, True]
+)
 GROUPS = [
     Case(260, 300, 128, heads_q=h, heads_kv=hk, batch=2, causal=causal)
     for (h, hk), causal in itertools.product([(8, 1), (8, 2), (6, 3), (5, 1)], [False, True])
@@ -98,7 +101,7 @@ def test_forward(version: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("version", "case"),
-    pairs([*BACKWARD, *EVERY_DIM[::3], *GROUPS, *LARGER, *LONG_ROWS], "backward"),
+    pairs([*BACKWARD, *EVERY_DIM[::3], *GROUPS, *LARGER, *LONG_ROWS, *LONG_KEYS], "backward"),
 )
 def test_backward(version: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check_backward(version, case, monkeypatch)
