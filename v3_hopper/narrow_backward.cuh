@@ -130,25 +130,23 @@ __device__ __forceinline__ void load_key_tile(Producer<Traits>& self, const Back
   const int block0 = int(first_block(p, sequence, tile.batch));
   for (bool first = true; step.valid(); first = false) {
     const Coordinate at{0, int(sequence.row_q) + step.row(), step.head, batch_q};
-    const int64_t stats =
-        int64_t(step.head * int(scratch.blocks) + block0 + step.block) * Traits::kBlockQ;
+    const int64_t block = step.head * int(scratch.blocks) + block0 + step.block;
     const int rows = ring.rows.slot;
     Barrier& full = shared.rows_full[rows];
-    // All tiles of a step are on their way before one of them is cleaned.
-    if (first) {
+    if (first) {  // all tiles are on their way before one of them is cleaned
       self.template send<Traits::kColumnsDQ>(shared.k[slot], maps.k, keys, shared.k_full[slot],
                                              Keep::kFirstOut, first_key, seen_keys);
     }
     shared.rows_free[rows].wait(ring.rows.parity ^ 1);
     if (self.leader) shared.row[rows] = step.row();
     self.send(shared.q[rows], maps.q, at, full, Keep::kLastOut, step.row(), seen_rows,
-              shared.lse[rows], scratch.lse + stats);
+              shared.lse[rows], scratch.lse + block * Traits::kBlockQ);
     if (first) {
       self.send(shared.v[slot], maps.v, keys, shared.v_full[slot], Keep::kFirstOut, first_key,
                 seen_keys);
     }
     self.send(shared.dout[rows], maps.dout, at, full, Keep::kLastOut, step.row(), seen_rows,
-              shared.delta[rows], scratch.delta + stats);
+              shared.delta[rows], scratch.delta + block * Traits::kBlockQ);
     const bool clean_keys = !first || self.is_clean(shared.k[slot], first_key, seen_keys);
     if (!clean_keys || !self.is_clean(shared.q[rows], step.row(), seen_rows)) {
       self.land();
