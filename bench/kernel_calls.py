@@ -62,6 +62,12 @@ SMALL = (
 )  # fmt: skip
 LONG = Shape("long", (8200,), (70,), heads=32, heads_kv=1)  # v3's tiles of long sequences
 ROUNDS = Shape("many rounds", (100,), (70,), heads=680, heads_kv=1)  # each CTA has 5 tiles or more
+BY_KEYS = (  # of V in FP8: where their number is a multiple of 16
+    Shape("keys contiguous, causal", (150,), (208,), options={"causal": True}),
+    Shape("keys contiguous, NaN behind the mask", (150,), (208,), hidden_nan=True,
+          options={"causal": "top-left"}),
+    Shape("keys contiguous, many rounds", (100,), (80,), heads=680, heads_kv=1),
+)  # fmt: skip
 QUANTIZED = tuple(Shape(f"scale per {name}", options={"granularity": name})
                   for name in ("tensor", "head"))  # fmt: skip
 DETERMINISTIC = replace(SMALL[1], name="causal, deterministic",
@@ -86,7 +92,7 @@ def shapes(kernel: Kernel) -> tuple[Shape, ...]:
     if kernel.code == FP16:
         return SMALL[1:3] + SMALL[4:5]
     if kernel.code == E4M3:
-        return (*SMALL, *rounds, *QUANTIZED)
+        return (*SMALL, *rounds, *QUANTIZED, *BY_KEYS)
     if has_long_tiles(kernel):
         return (*SMALL, *rounds, LONG)
     return (*SMALL, DETERMINISTIC) if kernel.direction else (*SMALL, *rounds)

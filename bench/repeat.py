@@ -37,6 +37,8 @@ Row = dict[str, Any]
 def shapes(kernel: Kernel) -> list[Shape]:
     large = V1_LARGE if kernel.version == "v1_tiling" else LARGE
     wanted = [FULL, *large, *(shape for shape in kernel_calls.SMALL if shape.options)]
+    if kernel.code == kernel_calls.E4M3:
+        return [*wanted, *kernel_calls.BY_KEYS]
     if not kernel.direction:
         return [*wanted, LONG_TILES] if kernel_calls.has_long_tiles(kernel) else wanted
     return [replace(s, options={**s.options, "deterministic": True}) for s in wanted]

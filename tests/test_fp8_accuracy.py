@@ -87,6 +87,16 @@ def test_head_dims_between_powers_of_two(dims: tuple[int, int], hadamard: bool) 
         assert torch.equal(low, out)
 
 
+@pytest.mark.parametrize("backend", ["v3", "torch", "reference"])
+def test_both_layouts_of_v_give_the_same(backend: str) -> None:
+    """With keys contiguous, as the quantizer writes it, and with head dims contiguous."""
+    found = flash.quantize_fp8(*(x.bfloat16() for x in inputs(160, 64)))
+    plain = found._replace(v=found.v.contiguous())
+    assert plain.v.stride() != found.v.stride()
+    out, other = (flash.attention(**x._asdict(), backend=backend) for x in (found, plain))
+    torch.testing.assert_close(out, other)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_attention_in_fp8(causal: bool) -> None:
     lengths = [200, 7, 150]

@@ -134,6 +134,19 @@ def test_errors_of_a_column_of_v_cancel(dim: int, rows: int) -> None:
         assert sums[1] < 0.8 * sums[0]
 
 
+@pytest.mark.parametrize("rows", [16, 77, 160, 304])
+@pytest.mark.parametrize("block", [64, 128, 200])
+def test_keys_of_v_are_contiguous_where_their_number_fits(rows: int, block: int) -> None:
+    q, k, v = (x.bfloat16() for x in inputs(rows, 64))
+    found = quantize_fp8(q, k, v, block_kv=block)
+    wanted, scale = quantize(v, "block", block, 2, spread=True)
+    assert torch.equal(found.v.float(), wanted.float())
+    assert torch.equal(found.v_descale, scale)
+    fits = rows % 16 == 0 and block % 16 == 0
+    in_memory = found.v.permute(0, 2, 3, 1) if fits else found.v
+    assert in_memory.is_contiguous()
+
+
 def test_what_is_not_finite_hands_nothing_on() -> None:
     x = torch.randn(1, 64, 1, 64)
     clean, _ = quantize(x, "block", 128, 1, spread=True)

@@ -18,6 +18,7 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 GRANULARITIES = ("block", "head", "tensor")
 SPREAD_ROWS, SPREAD_SHARE = 8, 0.125
+KEYS_STEP = 16
 
 
 class QuantizedQKV(NamedTuple):
@@ -25,7 +26,7 @@ class QuantizedQKV(NamedTuple):
 
     q: Tensor  # (batch, seqlen_q, heads_q, head_dim) float8_e4m3fn
     k: Tensor
-    v: Tensor
+    v: Tensor  # where seqlen_k is a multiple of 16: contiguous along seqlen_k
     q_descale: Tensor
     k_descale: Tensor
     v_descale: Tensor
@@ -40,7 +41,9 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
     the K/V head). "head": one for each (batch, K/V head). "tensor": one in all. `hadamard` turns Q
     and K by the same random orthogonal matrix, which leaves Q K^T as it is and spreads outliers; a
     head dim that is no power of two in parts: 192 as three of 64, 96 as three of 32.
-    V is rounded so that the errors of a column cancel over its rows; Q and K to the nearest.
+    V is rounded so that the errors of a column cancel over its rows; Q and K to the nearest. Where
+    `seqlen` is a multiple of 16, V's memory is (batch, heads, head_dim, seqlen), which is how the
+    product wants it; with `v.contiguous()` the kernel turns it on chip.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity={granularity!r}; known: {', '.join(GRANULARITIES)}")
@@ -48,7 +51,7 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
         raise ValueError(f"block_q={block_q}, block_kv={block_kv}; both must be positive")
     heads_kv = k.shape[2]
     tasks = [Task(q, block_q, heads_kv, hadamard), Task(k, block_kv, heads_kv, hadamard),
-             Task(v, block_kv, heads_kv, False, spread=True)]  # fmt: skip
+             Task(v, block_kv, heads_kv, False, True, keys_first=_turns(v, block_kv))]  # fmt: skip
     return _joined(tasks, granularity)
 
 
@@ -67,6 +70,11 @@ def quantize_packed(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen,
     return _joined(tasks, "block")
 
 
+def _turns(v: Tensor, block: int) -> bool:
+    """The copy engine takes strides of whole 16 bytes."""
+    return v.shape[1] > 0 and v.shape[1] % KEYS_STEP == 0 and block % KEYS_STEP == 0
+
+
 def _joined(tasks: list[Task], granularity: str) -> QuantizedQKV:
     """By the kernel in one launch, or each that it does not serve in plain PyTorch."""
     served = [task for task in tasks if quantizer.serves(task.x)]
@@ -83,7 +91,10 @@ def _plainly(task: Task, granularity: str) -> tuple[Tensor, Tensor]:
     turned = signed_sums(task.x) if task.rotate else task.x
     norm = part_of(task.x.shape[-1]) ** -0.5 if task.rotate else 1.0
     if task.packed is None:
-        return quantize(turned, granularity, task.block, task.heads_kv, norm, task.spread)
+        found = quantize(turned, granularity, task.block, task.heads_kv, norm, task.spread)
+        if not task.keys_first:
+            return found
+        return quantizer.empty(task.x.shape, True, task.x.device).copy_(found[0]), found[1]
     return _by_sequence(turned, task, norm)
 
 
