@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import digest, record
 from bench.study_tables import markdown
-from flash.study.competitors import OURS
+from flash.study.competitors import SOURCES
 
 Row = dict[str, Any]
 PRESENT, EARLIER, BOTH, UNKNOWN = "present", "earlier", "some earlier", "not recorded"
@@ -39,7 +39,7 @@ def sources(content: Row) -> dict[str, set[str]]:
     for name, run in content.get("versions", {}).items():
         found.setdefault(name, set()).add(run["digest"])
     for row in rows_of(content):
-        version = row.get("version") or OURS.get(row.get("competitor", ""))
+        version = row.get("version") or SOURCES.get(row.get("competitor", ""))
         if version and row.get("digest"):
             found.setdefault(version, set()).add(row["digest"])
     return found or {name: {value} for name, value in (content.get("digests") or {}).items()}

@@ -27,7 +27,7 @@ import torch
 
 from bench import digest, record
 from flash.study.cases import KEY, Case, paper
-from flash.study.competitors import OURS, competitor, present
+from flash.study.competitors import OURS, SOURCES, competitor, present
 from flash.study.inputs import draw
 from flash.study.measure import Settings, measure
 from flash.study.timing import Board, Stopwatch
@@ -39,7 +39,7 @@ SHARED_TESTS = (
 HANG_SECONDS = 60  # for one test; the slowest took under 5 s on one H200
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 NAMES = (*OURS, "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
-FP8_NAMES = ("v3", "fa3")
+FP8_NAMES = ("v3", "v3-keys", "fa3")
 STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat",
            "breadth", "host", "fp8")  # fmt: skip
 
@@ -188,7 +188,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def competitors(asked: str | None, alone: bool, case: Case) -> list[str]:
-    chosen = list(OURS) if asked in (None, "all") else asked.split(",")
+    chosen = list(SOURCES) if asked in (None, "all") else asked.split(",")
     peers = [] if alone else [name for name in NAMES if name not in OURS]
     able = FP8_NAMES if case.dtype == "float8_e4m3fn" else NAMES
     return [name for name in able if name in {*chosen, *peers} and present(name)]
@@ -203,7 +203,7 @@ def run_benches(folder: Path, head: dict[str, Any], board: Board, args: argparse
         content = {**record.read(path), **head}
         rows = content.setdefault("rows", [])
         wanted = competitors(args.bench, args.alone, case)
-        if not args.again and all(fresh(rows, case, name) for name in wanted if name in OURS):
+        if not args.again and all(fresh(rows, case, name) for name in wanted if name in SOURCES):
             continue
         if time.monotonic() > deadline:
             print(f"stopped after {args.minutes} minutes; the same command goes on from here")
@@ -222,7 +222,7 @@ def same(row: dict[str, Any], case: Case) -> bool:
 
 def fresh(rows: list[dict[str, Any]], case: Case, name: str) -> bool:
     """This version has no kernels, or was timed here with the sources it has now."""
-    current = digest.digest(OURS[name])
+    current = digest.digest(SOURCES[name])
     return not current or any(
         same(row, case) and row["competitor"] == name and row.get("digest") == current
         for row in rows
@@ -235,8 +235,8 @@ def timed(case: Case, wanted: list[str], stopwatch: Stopwatch) -> list[dict[str,
     for name, why in found.skipped.items():
         print(f"  {name}: {why[:100]}")
     for row in found.rows:
-        if row["competitor"] in OURS:
-            row["digest"] = digest.digest(OURS[row["competitor"]])
+        if row["competitor"] in SOURCES:
+            row["digest"] = digest.digest(SOURCES[row["competitor"]])
     return found.rows
 
 

@@ -61,6 +61,7 @@ SMALL = (
     Shape("packed, long", (1100, 30, 70), (90, 20, 100), packed=True, options={"causal": True}),
 )  # fmt: skip
 LONG = Shape("long", (8200,), (70,), heads=32, heads_kv=1)  # v3's tiles of long sequences
+GROUPED = Shape("grouped, long keys", (70,), (4200,))  # v3's dQ of d = 128 is zeroed beforehand
 ROUNDS = Shape("many rounds", (100,), (70,), heads=680, heads_kv=1)  # each CTA has 5 tiles or more
 BY_KEYS = (  # of V in FP8: where their number is a multiple of 16
     Shape("keys contiguous, causal", (150,), (208,), options={"causal": True}),
@@ -95,7 +96,10 @@ def shapes(kernel: Kernel) -> tuple[Shape, ...]:
         return (*SMALL, *rounds, *QUANTIZED, *BY_KEYS)
     if has_long_tiles(kernel):
         return (*SMALL, *rounds, LONG)
-    return (*SMALL, DETERMINISTIC) if kernel.direction else (*SMALL, *rounds)
+    if not kernel.direction:
+        return (*SMALL, *rounds)
+    zeroed = kernel.version == "v3_hopper" and kernel.dim == 128
+    return (*SMALL, DETERMINISTIC, GROUPED) if zeroed else (*SMALL, DETERMINISTIC)
 
 
 class Call(NamedTuple):

@@ -13,6 +13,7 @@ from flash.study.ratios import geomean
 
 NOTHING = "Nothing has been recorded yet."
 FILES = ("forward_bfloat16", "backward_bfloat16", "forward_float8_e4m3fn")
+BY_KEYS = "forward_float8_keys"  # the table of FP8 with V's keys contiguous
 # Of FlashAttention-3 in FP8, which the build that runs beside these kernels lacks.
 FA3_FP8 = Path(__file__).with_name("fa3_fp8.json")
 Shape = tuple[int, str, int]  # head dim, mask, length
@@ -20,24 +21,26 @@ Shape = tuple[int, str, int]  # head dim, mask, length
 
 def makers(for_each_gpu: Callable[[Callable[[Path], str]], str]) -> dict[str, Callable[[], str]]:
     """Name of a file, and of its place on the page -> what makes the table."""
-    return {name: partial(for_each_gpu, partial(beside, name=name)) for name in FILES}
+    made = {name: partial(for_each_gpu, partial(beside, name=name)) for name in FILES}
+    made[BY_KEYS] = partial(for_each_gpu, partial(beside, name=FILES[-1], ours="v3-keys"))
+    return made
 
 
-def beside(folder: Path, name: str) -> str:
-    """TFLOP/s of v3 and its peers, one row for each head dim and mask; the best in bold."""
+def beside(folder: Path, name: str, ours: str = "v3") -> str:
+    """TFLOP/s of ours and its peers, one row for each head dim and mask; the best in bold."""
     apart = record.read(FA3_FP8)["rows"] if name.endswith("e4m3fn") else []
     shapes = by_case([*record.read(folder / f"{name}.json").get("rows", []), *apart])
     ratios: dict[Shape, float] = {}
     cells: dict[Shape, str] = {}
     for shape in sorted(shapes, key=lambda shape: (shape[0], shape[1] != "full", shape[2])):
         peers = {n: shapes[shape][n] for n in OFFICIAL["v3"] if n in shapes[shape]}
-        if "v3" not in shapes[shape] or not peers:
+        if ours not in shapes[shape] or not peers:
             continue
-        ours, best_peer = shapes[shape]["v3"], max(peers.values())
-        ratios[shape] = ours / best_peer
-        best = max(ours, best_peer)
-        told = [f"{LABELS[n]} {in_bold(speed, best)}" for n, speed in peers.items()]
-        cells[shape] = f"{in_bold(ours, best)} ({', '.join(told)})"
+        speed, best_peer = shapes[shape][ours], max(peers.values())
+        ratios[shape] = speed / best_peer
+        best = max(speed, best_peer)
+        told = [f"{LABELS[n]} {in_bold(peers[n], best)}" for n in peers]
+        cells[shape] = f"{in_bold(speed, best)} ({', '.join(told)})"
     if not cells:
         return NOTHING
     lengths = sorted({length for _, _, length in cells})

@@ -17,7 +17,7 @@ from bench.digest import ROOT, instances
 from bench.study_tables import markdown
 from flash.study.sources import Source, collect
 
-ORDER = ("v1", "v2", "v3", "fp8", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
+ORDER = ("v1", "v2", "v3", "v3-keys", "fp8", "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
 OVERVIEW_SEQLEN = 8192
 FP8_SEQLENS = (512, 1024, 8192, 32768, 131072)
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "e4m3"}

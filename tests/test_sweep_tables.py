@@ -34,6 +34,9 @@ def test_fp8_is_held_against_what_was_measured_apart(tmp_path: Path) -> None:
     text = sweep_tables.beside(tmp_path, name)
     assert "| 64 | full | **676** (FA3 338) | **540** (FA3 **540**) |" in text
     assert "none of 2 shapes below 1.00" in text
+    assert sweep_tables.beside(tmp_path, name, "v3-keys") == sweep_tables.NOTHING
+    record.write(tmp_path / f"{name}.json", {"rows": [row("v3", 676.0), row("v3-keys", 169.0)]})
+    assert "| 64 | full | 169 (FA3 **338**) |" in sweep_tables.beside(tmp_path, name, "v3-keys")
 
 
 def test_every_shape_of_the_sweep_has_an_fp8_peer() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -22,14 +23,16 @@ from flash.study.cases import Case
 from flash.study.inputs import FP8, Inputs
 
 OURS = {"v1": "v1_tiling", "v2": "v2_parallel", "v3": "v3_hopper"}
+SOURCES = {**OURS, "v3-keys": "v3_hopper"}  # whose kernels run
 SDPA = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
         "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
 PLAIN = ("torch", "reference")
 OUTSIDE = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute",
            "xformers": "xformers"}  # fmt: skip
-NAMES = (*OURS, "fp8", *SDPA, "flex", *OUTSIDE, "standard", *PLAIN)
+NAMES = (*SOURCES, "fp8", *SDPA, "flex", *OUTSIDE, "standard", *PLAIN)
 TITLES = {
-    "v1": "v1_tiling", "v2": "v2_parallel", "v3": "v3_hopper", "fp8": "v3_hopper, precision fp8",
+    "v1": "v1_tiling", "v2": "v2_parallel", "v3": "v3_hopper",
+    "v3-keys": "v3_hopper, FP8, V's keys contiguous", "fp8": "v3_hopper, precision fp8",
     "sdpa-flash": "torch SDPA, flash", "sdpa-cudnn": "torch SDPA, cuDNN",
     "sdpa-efficient": "torch SDPA, memory-efficient", "flex": "torch FlexAttention, compiled",
     "fa2": "flash-attn 2", "fa3": "FlashAttention-3", "fa4": "FlashAttention-4",
@@ -60,6 +63,10 @@ def competitor(name: str, case: Case, x: Inputs) -> Run:
     """A call without arguments that computes the case; it raises where it is not supported."""
     if name in OURS or name in PLAIN:
         return _ours(OURS.get(name, name), case, x)
+    if name == "v3-keys":
+        if x.q.dtype != FP8:
+            raise Unfit("a layout of V in FP8")
+        return _ours("v3_hopper", case, replace(x, v=keys_contiguous(x.v)))
     if name == "fp8":
         if case.direction == "backward":
             raise Unfit("FP8 is a forward pass")
@@ -71,7 +78,7 @@ def competitor(name: str, case: Case, x: Inputs) -> Run:
 
 def ran(name: str, device: str) -> str:
     """A schedule's time says nothing, so a row names what ran."""
-    if name in OURS or name == "fp8":
+    if name in SOURCES or name == "fp8":
         return "kernel" if device == "cuda" else "schedule"
     return "reference" if name == "reference" else "library"
 
@@ -86,6 +93,11 @@ def _ours(backend: str, case: Case, x: Inputs, **more: Any) -> Run:
         raise Unfit("no output and LSE of a forward pass")
     given = (x.dout, x.q, x.k, x.v, *x.saved)
     return lambda: tuple(flash.attention_backward(*given, **options))
+
+
+def keys_contiguous(v: Tensor) -> Tensor:
+    """The same values in the layout that `flash.quantize_fp8` gives V."""
+    return v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def unit_scales(x: Inputs) -> dict[str, Tensor]:

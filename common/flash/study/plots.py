@@ -41,7 +41,7 @@ def lines(ax: Axes, rows: list[Row], field: str, theme: Theme, scale: float = 1.
                      if r["competitor"] == name and r.get(field))  # fmt: skip
         if not own:
             continue
-        ours = name in ("v1", "v2", "v3", "fp8", "standard")
+        ours = name in ("v1", "v2", "v3", "v3-keys", "fp8", "standard")
         ax.plot(*zip(*own, strict=True), DASHES.get(name, "-"), color=color(theme, name),
                 linewidth=2 if ours else 1.3, marker="o", markersize=3.4 if ours else 2.4,
                 zorder=3 if ours else 2)  # fmt: skip

@@ -25,20 +25,23 @@ class Theme:
 
 
 LIGHT = Theme("light", "#ffffff", "#1f2328", "#d5dae0", {
-    "v1": "#c2600a", "v2": "#0b7f76", "v3": "#1f5fd6", "fp8": "#8a3fc7", "standard": "#b3261e",
+    "v1": "#c2600a", "v2": "#0b7f76", "v3": "#1f5fd6", "v3-keys": "#8a3fc7",
+    "fp8": "#8a3fc7", "standard": "#b3261e",
     "sdpa-flash": "#6e7781", "sdpa-cudnn": "#57606a", "fa2": "#6e7781", "fa3": "#3d444d",
     "fa4": "#8c6d1f", "other": "#6e7781"})  # fmt: skip
 DARK = Theme("dark", "#0d1117", "#e6edf3", "#30363d", {
-    "v1": "#f0943e", "v2": "#39c5b4", "v3": "#6ea3ff", "fp8": "#c792ff", "standard": "#ff7b72",
+    "v1": "#f0943e", "v2": "#39c5b4", "v3": "#6ea3ff", "v3-keys": "#c792ff",
+    "fp8": "#c792ff", "standard": "#ff7b72",
     "sdpa-flash": "#8b949e", "sdpa-cudnn": "#a5afba", "fa2": "#8b949e", "fa3": "#c9d1d9",
     "fa4": "#d9b64a", "other": "#8b949e"})  # fmt: skip
 THEMES = (LIGHT, DARK)
 DASHES = {"sdpa-flash": "--", "sdpa-cudnn": ":", "fa2": "--", "fa3": "-.", "fa4": (0, (6, 2))}
-LABELS = {"v1": "v1", "v2": "v2", "v3": "v3", "fp8": "v3 fp8", "sdpa-flash": "SDPA flash",
-          "sdpa-cudnn": "cuDNN", "sdpa-efficient": "SDPA eff.", "fa2": "FA2", "fa3": "FA3",
-          "fa4": "FA4"}  # fmt: skip
-ORDER = ("v1", "v2", "v3", "fp8", "fa2", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flex",
-         "xformers", "fa3", "fa4", "torch", "standard", "reference")  # fmt: skip
+LABELS = {"v1": "v1", "v2": "v2", "v3": "v3", "v3-keys": "v3, V by keys", "fp8": "v3 fp8",
+          "sdpa-flash": "SDPA flash", "sdpa-cudnn": "cuDNN", "sdpa-efficient": "SDPA eff.",
+          "fa2": "FA2", "fa3": "FA3", "fa4": "FA4"}  # fmt: skip
+ORDER = ("v1", "v2", "v3", "v3-keys", "fp8", "fa2", "sdpa-flash", "sdpa-efficient",
+         "sdpa-cudnn", "flex", "xformers", "fa3", "fa4", "torch", "standard",
+         "reference")  # fmt: skip
 POINTS = 8.5
 HEADING_INCHES = 7.6  # the longest heading, and a device's name
 
