@@ -21,7 +21,9 @@ Shape = tuple[int, str, int]  # head dim, mask, length
 
 def makers(for_each_gpu: Callable[[Callable[[Path], str]], str]) -> dict[str, Callable[[], str]]:
     """Name of a file, and of its place on the page -> what makes the table."""
-    made = {name: partial(for_each_gpu, partial(beside, name=name)) for name in FILES}
+    made: dict[str, Callable[[], str]] = {
+        name: partial(for_each_gpu, partial(beside, name=name)) for name in FILES
+    }
     made[BY_KEYS] = partial(for_each_gpu, partial(beside, name=FILES[-1], ours="v3-keys"))
     return made
 
