@@ -73,12 +73,14 @@ struct NarrowConsumer {
   }
 
   // S^T starts at -LSE / scale, dP^T at -delta.
-  __device__ __forceinline__ void start_scores(Fragments& r,
-                                               const NarrowRings<Traits>& ring) const {
-    const int at = ring.rows.slot;
-    if (!r.ready) shared.rows_full[at].wait(ring.rows.parity);
-    r.row = shared.row[at];
-    if constexpr (!Traits::kSoftcap) start(r.s, shared.lse[at] + column());
+  __device__ __forceinline__ void await_rows(Fragments& r, const NarrowRings<Traits>& ring) const {
+    if (!r.ready) shared.rows_full[ring.rows.slot].wait(ring.rows.parity);
+    r.row = shared.row[ring.rows.slot];
+  }
+  __device__ __forceinline__ void start_scores(Fragments& r, const NarrowRings<Traits>& ring,
+                                               int begin = 0, int end = Traits::kBlockQ / 2) const {
+    if constexpr (Traits::kSoftcap) return;
+    start(r.s, shared.lse[ring.rows.slot] + column(), begin, end);
   }
   __device__ __forceinline__ void start_dp(Fragments& r, const NarrowRings<Traits>& ring) const {
     start(r.dp, shared.delta[ring.rows.slot] + column());
@@ -127,6 +129,7 @@ struct NarrowConsumer {
     if constexpr (!Traits::kTransposed) remove_poison();
     shared.v_full[slot].wait(parity);
     r.ready = false;
+    await_rows(r, ring);
     start_scores(r, ring);
     if constexpr (Traits::kTransposed) {
       start_dp(r, ring);
@@ -152,16 +155,30 @@ struct NarrowConsumer {
     pin(r.dp);
   }
 
+  // dP -> dS; the next S starts where P is not needed any more.
+  template <bool kLast>
+  __device__ __forceinline__ void find_score_gradient(Fragments& r,
+                                                      const NarrowRings<Traits>& ring) const {
+    if (r.masked) mask_gradient(r.dp, r.s);
+    constexpr int kParts = Traits::kTransposed ? 2 : 1;
+    constexpr int kPart = Traits::kBlockQ / 2 / kParts;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      score_gradient(r.dp, r.s, i * kPart, (i + 1) * kPart);
+      pin(r.dp);
+      if constexpr (kLast) continue;
+      if (i == 0) await_rows(r, ring);
+      start_scores(r, ring, i * kPart, (i + 1) * kPart);
+    }
+  }
+
   // One block of query rows, from P to dS; and, unless it is the last, S, dP and P of the next.
   template <bool kLast>
   __device__ __forceinline__ void take_step(Fragments& r, NarrowRings<Traits>& ring) const {
     const int slot_rows = ring.rows.slot;
     const int slot_ds = ring.ds.slot;
     ring.advance();
-    if (r.masked) mask_gradient(r.dp, r.s);
-    score_gradient(r.dp, r.s);
-    pin(r.dp);
-    if constexpr (!kLast) start_scores(r, ring);
+    find_score_gradient<kLast>(r, ring);
     round_operand<Element>(r.ds16, r.dp);
     const int warp = threadIdx.x / 32 % 4;
     store_fragment(shared_address(shared.ds[slot_ds][key + 16 * warp]), 0, r.ds16);

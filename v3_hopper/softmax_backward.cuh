@@ -128,11 +128,13 @@ __device__ __forceinline__ void round_operand(uint32_t (&r)[N / 2], const float 
   for (int i = 0; i < N; i += 2) r[i / 2] = flash::pack<Element>(x[i], x[i + 1]);
 }
 
-// A product starts at the negated statistic of its rows: S at -LSE / scale, dP at -delta.
+// A product starts at the negated statistic of its rows: S at -LSE / scale, dP at -delta. Here and
+// below, of elements from `begin` to `end`.
 template <int N>
-__device__ __forceinline__ void start(float (&d)[N], const float* statistic) {
+__device__ __forceinline__ void start(float (&d)[N], const float* statistic, int begin = 0,
+                                      int end = N) {
 #pragma unroll
-  for (int i = 0; i < N; i += 4) {
+  for (int i = begin; i < end; i += 4) {
     const float2 shift = *reinterpret_cast<const float2*>(statistic + 2 * i);
     d[i] = d[i + 2] = shift.x;
     d[i + 1] = d[i + 3] = shift.y;
@@ -141,9 +143,10 @@ __device__ __forceinline__ void start(float (&d)[N], const float* statistic) {
 
 // dP -> dS = P (dP - delta).
 template <int N>
-__device__ __forceinline__ void score_gradient(float (&dp)[N], const float (&p)[N]) {
+__device__ __forceinline__ void score_gradient(float (&dp)[N], const float (&p)[N], int begin = 0,
+                                               int end = N) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) dp[i] *= p[i];
+  for (int i = begin; i < end; ++i) dp[i] *= p[i];
 }
 
 }  // namespace flash::v3
