@@ -14,6 +14,7 @@ from torch import Tensor
 
 import flash
 from bench import script
+from flash.checks_more import BLOCK
 from flash.engines import quantizer
 from flash.engines.quantizer import HEAD_DIMS, Task
 from flash.study import accuracy
@@ -42,19 +43,22 @@ def median_ms(run: Callable[[], Any], before: Callable[[], Any], repeats: int = 
 
 
 def bandwidth(dim: int, dtype: torch.dtype) -> list[Row]:
-    """TB/s, read and written, of V (no turn), of Q or K, and of copying the same tensor."""
+    """TB/s, read and written, of V as it lies and with keys contiguous, of Q or K, which are
+    turned, and of copying the same tensor."""
     heads = 2048 // dim
-    x = torch.randn(1, ELEMENTS // (heads * dim), heads, dim, device="cuda", dtype=dtype)
+    rows = ELEMENTS // (heads * dim) // BLOCK * BLOCK
+    x = torch.randn(1, rows, heads, dim, device="cuda", dtype=dtype)
     copy = torch.empty_like(x)
 
-    def quantized(rotate: bool) -> Callable[[], Any]:
-        task = Task(x, 128, heads, rotate, spread=not rotate)
+    def quantized(rotate: bool, keys_first: bool = False) -> Callable[[], Any]:
+        task = Task(x, BLOCK, heads, rotate, spread=not rotate, keys_first=keys_first)
         return lambda: quantizer.quantize([task], "block")
 
     def copied() -> Any:
         return copy.copy_(x)
 
-    runs = {"V": (quantized(False), 3), "Q, K": (quantized(True), 3), "copy": (copied, 4)}
+    runs = {"V": (quantized(False), 3), "V by keys": (quantized(False, True), 3),
+            "Q, K": (quantized(True), 3), "copy": (copied, 4)}  # fmt: skip
     return [
         {"tensor": name, "head_dim": dim, "dtype": str(dtype).removeprefix("torch."),
          "tb_per_s": x.numel() * size / median_ms(run, copied) / 1e9}
@@ -91,7 +95,7 @@ def main() -> int:
     for dim in HEAD_DIMS:
         for dtype in (torch.bfloat16, torch.float16):
             speeds += bandwidth(dim, dtype)
-            print(*(f"{r['tensor']} {r['tb_per_s']:.2f}" for r in speeds[-3:]), flush=True)
+            print(*(f"{r['tensor']} {r['tb_per_s']:.2f}" for r in speeds[-4:]), flush=True)
     found = {"accuracy": errors, "quantizer": speeds, "quantizer_calls": whole_call()}
     print(found["quantizer_calls"])
     script.leave(args.out, "fp8", found)

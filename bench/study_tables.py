@@ -240,9 +240,10 @@ def quantizer(source: Source) -> str:
     for dim, dtype in dict.fromkeys((r["head_dim"], r["dtype"]) for r in rows):
         own = {r["tensor"]: r["tb_per_s"] for r in rows
                if (r["head_dim"], r["dtype"]) == (dim, dtype)}  # fmt: skip
-        cells = [f"{own[name]:.2f} ({own[name] / own['copy']:.0%})" for name in ("V", "Q, K")]
+        cells = [f"{own[name]:.2f} ({own[name] / own['copy']:.0%})" if name in own else "–"
+                 for name in ("V", "V by keys", "Q, K")]  # fmt: skip
         lines.append((dim, dtype, *cells, f"{own['copy']:.2f}"))
-    return markdown(("d", "dtype", "V TB/s", "Q, K TB/s", "copy"), lines)
+    return markdown(("d", "dtype", "V TB/s", "V by keys", "Q, K", "copy"), lines)
 
 
 def roles(source: Source) -> str:
