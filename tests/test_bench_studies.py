@@ -121,7 +121,8 @@ def test_fp8_errors_become_a_table() -> None:
         assert own[accuracy.TURNED] < 1.1 * own["tensor"]
     assert {(row["heads"], row["rows"]) for row in rows} == {(1, 150)}
     rates = [{"tensor": name, "head_dim": 64, "dtype": "bfloat16", "tb_per_s": rate}
-             for name, rate in (("V", 3.0), ("V by keys", 2.8), ("Q, K", 2.0), ("copy", 4.0))]  # fmt: skip
+             for name, rate in
+             (("V", 3.0), ("V by keys", 2.8), ("Q, K", 2.0), ("copy", 4.0))]  # fmt: skip
     pages = dict(study_tables.sections(Source("x", parts={"accuracy": rows, "quantizer": rates})))
     errors, speeds = pages.values()
     assert errors.count("| outliers | 64 | 150 |") == errors.count("| normal | 64 | 150 |") == 1
