@@ -44,7 +44,7 @@ def attention(
     Args:
         q: (batch, seqlen_q, heads_q, head_dim); float16, bfloat16, float32 or float8_e4m3fn.
         k, v: (batch, seqlen_k, heads_kv, ..); heads_q is a multiple of heads_kv. Any strides with a
-            contiguous last dim; float8 v also as `quantize_fp8` gives it, contiguous along seqlen_k.
+            contiguous last dim; float8 v also as `quantize_fp8` gives it, seqlen_k contiguous.
         causal: True aligns the last row with the last key; "top-left" the first with the first.
         window: (left, right) keys visible on each side of the diagonal; None for no limit.
         scale: of the scores; 1 / sqrt(head_dim) by default.
