@@ -53,11 +53,9 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     *((_NARROW, f" {name}_full[i].init(1);", f" {name}_full[i].init(32);") for name in ("k", "v")),
     (_NARROW, "rows_full[i].init(2);", "rows_full[i].init(2 * 32);"),
     (_NARROW, "if (!step.valid() && self.leader) {", "if (!step.valid()) {"),
-    (_NARROW, "step.row(), seen_rows)) {\n      self.land();\n",
-     "step.row(), seen_rows)) self.land();\n    {\n"),
-    (_LOAD, "    if (is_clean(tile, first, needed)) return;\n",
-     "    if (is_clean(tile, first, needed)) {\n      if (!leader) full.arrive();\n      return;\n"
-     "    }\n"),
+    (_LOAD, "    if (!leader) return;\n    const bool clean = is_clean(tile, first, needed);\n",
+     "    const bool clean = is_clean(tile, first, needed);\n"
+     "    if (!leader && clean) full.arrive();\n    if (!leader) return;\n"),
     (_LOAD, "    if (leader) full.arrive();\n", "    full.arrive();\n"),
     ("v3_hopper/traits_backward.cuh", "kKeysRead = 2,", "kKeysRead = 2, kValuesRead = 15,"),
     _crosswise("kKeysRead", "kValuesRead", "    self.stage(shared.v,"),

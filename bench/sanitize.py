@@ -42,17 +42,19 @@ KEY = ("version", "direction", "tool")
 SUMMARY = r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warnings?\)"
 NOISE = r"COMPUTE-SANITIZER|SUMMARY|Current Value|Saved host|Host Frame|^by thread|^Access"
 DIFFERS = r"0x[0-9a-f]+ in block \([^)]*\) |Thread \([^)]*\) |flash::|\(int\)|\(bool\)"
+CALLS = "calls "  # begins the line before a call
 SHOWN = 20  # kinds of reports that are kept
 Row = dict[str, Any]
 
 
 def work(version: str, direction: str, only: str) -> None:
-    """What runs under the sanitizer; prints one line for each kernel."""
+    """What runs under the sanitizer; prints a line before each call, and one for each kernel."""
     for kernel in kernel_calls.every(version):
         if kernel.direction != DIRECTIONS.index(direction) or only not in str(kernel):
             continue
         worst = 0.0
         for shape in kernel_calls.shapes(kernel):
+            print(f"{CALLS}{kernel}, {shape.name}", flush=True)
             call = kernel_calls.prepare(kernel, shape)
             error = call.error(call.run())
             worst = error if error != error else max(worst, error)
@@ -118,6 +120,9 @@ def verdict(text: str, status: int) -> Row:
                 "error": max((found["error"] for found in called), default=None)}  # fmt: skip
     if summary is None or status:
         row["why"] = "ran out of time" if status < 0 else f"ended with status {status}"
+        last = [line for line in text.splitlines() if line.startswith((CALLS, "kernel {"))][-1:]
+        if last and last[0].startswith(CALLS):  # it may stand still there
+            row["why"] += f" in {last[0].removeprefix(CALLS)}"
     if summary:
         row["errors"] = int(summary[1] or summary[2] or 0)
         row["warnings"] = int(summary[3] or 0)

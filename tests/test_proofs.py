@@ -128,6 +128,8 @@ def test_a_clean_run_and_one_without_an_end() -> None:
     assert "report" not in row
     assert proof_tables.verdict(sanitize.verdict("", -1)) == "ran out of time"
     assert proof_tables.verdict(sanitize.verdict(CLEAN, 9)) == "ended with status 9"
+    stuck = f"{CLEAN}\n{sanitize.CALLS}backward fp16:64, causal\n========= a report"
+    assert sanitize.verdict(stuck, -1)["why"] == "ran out of time in backward fp16:64, causal"
 
 
 KERNELS = [
