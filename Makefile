@@ -33,7 +33,7 @@ format: $(VENV)/linters  ## rewrite everything in the house format
 	$(VENV)/bin/clang-format -i $(clang_sources)
 
 kernels: $(VENV)/compilers  ## compile a sample of every version's kernels without a GPU and inspect it
-	PYTHONPATH=. $(py) .ci/check_kernels.py build/kernels
+	PYTHONPATH=.:cmake $(py) .ci/check_kernels.py build/kernels
 
 evidence: $(VENV)/installed  ## on a GPU: its tests and benches, recorded in bench/results
 	$(pip) '.[bench]'

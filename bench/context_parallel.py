@@ -30,6 +30,7 @@ from flash import context_parallel as cp
 from flash.study.timing import Board
 
 Run = Callable[[], Any]
+Inside = Callable[[Callable[[Run], Any]], Any]  # times a run where it has to be
 HEADS, HEADS_KV, DIM = 32, 8, 128
 
 
@@ -69,9 +70,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ways(world: int) -> dict[str, Callable[..., Run]]:
+def ways(world: int) -> dict[str, Callable[..., Inside]]:
     """What is timed, the share first: all others are compared with it."""
-    found: dict[str, Callable[..., Run]] = {
+    found: dict[str, Callable[..., Inside]] = {
         "share alone": share, "ring": ours("ring"), "ulysses": ours("ulysses"),
     }  # fmt: skip
     if world >= 4 and world % 2 == 0:
@@ -85,7 +86,7 @@ def draw(tokens: int, heads: tuple[int, int], device: torch.device) -> list[Tens
     return [torch.randn(*s, device=device, dtype=torch.bfloat16) for s in shapes]
 
 
-def share(tokens: int, device: torch.device, backend: str) -> Run:
+def share(tokens: int, device: torch.device, backend: str) -> Inside:
     world = dist.get_world_size()
     heads = (HEADS // world, max(HEADS_KV // world, 1))
     *qkv, dout = draw(tokens * world, heads, device)
@@ -95,7 +96,7 @@ def share(tokens: int, device: torch.device, backend: str) -> Run:
         out = flash.attention(*qkv, causal=True, backend=backend)
         return out, torch.autograd.grad(out, qkv, dout)
 
-    return run
+    return lambda timed: timed(run)
 
 
 def groups(kind: str) -> dict[str, Any]:
@@ -108,8 +109,8 @@ def groups(kind: str) -> dict[str, Any]:
     return {"ring": rings[rank % 2], "ulysses": pairs[rank // 2]}
 
 
-def ours(kind: str) -> Callable[..., Run]:
-    def prepare(tokens: int, device: torch.device, backend: str) -> Run:
+def ours(kind: str) -> Callable[..., Inside]:
+    def prepare(tokens: int, device: torch.device, backend: str) -> Inside:
         *qkv, dout = draw(tokens, (HEADS, HEADS_KV), device)
         qkv, where = [x.requires_grad_() for x in qkv], groups(kind)
 
@@ -117,15 +118,15 @@ def ours(kind: str) -> Callable[..., Run]:
             out = cp.attention(*qkv, causal=True, backend=backend, **where)
             return out, torch.autograd.grad(out, qkv, dout)
 
-        return run
+        return lambda timed: timed(run)
 
     return prepare
 
 
-def torchs(door: str | None) -> Callable[..., Run]:
+def torchs(door: str | None) -> Callable[..., Inside]:
     """torch.distributed.tensor.experimental.context_parallel, over its kernels or over ours."""
 
-    def prepare(tokens: int, device: torch.device, backend: str) -> Run:
+    def prepare(tokens: int, device: torch.device, backend: str) -> Inside:
         from torch.distributed.tensor.experimental import context_parallel
 
         world = dist.get_world_size()
@@ -162,19 +163,17 @@ def torchs(door: str | None) -> Callable[..., Run]:
                 finally:
                     flash.deactivate()
 
-        run.inside = inside  # type: ignore[attr-defined]
-        return run
+        return inside
 
     return prepare
 
 
 def measured(
-    name: str, prepare: Callable[..., Run], tokens: int, device: torch.device, args: Any
+    name: str, prepare: Callable[..., Inside], tokens: int, device: torch.device, args: Any
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "tokens_per_gpu": tokens}
     try:
-        run = prepare(tokens, device, args.backend)
-        inside = getattr(run, "inside", lambda timed: timed(run))
+        inside = prepare(tokens, device, args.backend)
         row["ms"] = inside(lambda timed: clocked(timed, device, args.seconds))
         last = flash.last_dispatch()
         row["backend"] = "torch" if name == "torch, its flash" or not last else last.backend

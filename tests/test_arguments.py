@@ -12,6 +12,7 @@ from negative import FP8, Kwargs
 from torch import Tensor
 
 import flash
+from flash.quantize import keys_contiguous
 
 HEADS, ROWS, KEYS, DIM = 2, 6, 9, 16
 
@@ -252,17 +253,12 @@ def test_torchs_global_switch_counts() -> None:
     assert "deterministic" in last.request.features
 
 
-def keys_first(v: Tensor) -> Tensor:
-    """The same values, keys contiguous."""
-    return v.view(torch.uint8).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).view(v.dtype)
-
-
 def test_fp8_v_may_have_contiguous_keys() -> None:
     scales = {f"{n}_descale": torch.ones(2, 1, HEADS) for n in "qkv"}
     q, k, v = (draw(2, 32, HEADS, 64, seed=i).to(FP8) for i in range(3))
     plain = flash.attention(q, k, v, **scales)
-    assert torch.equal(plain, flash.attention(q, k, keys_first(v), **scales))
-    swapped = (x.transpose(1, 2) for x in (q, k, keys_first(v)))
+    assert torch.equal(plain, flash.attention(q, k, keys_contiguous(v), **scales))
+    swapped = (x.transpose(1, 2) for x in (q, k, keys_contiguous(v)))
     found = flash.attention(*swapped, layout="bhsd", **scales)
     assert torch.equal(plain, found.transpose(1, 2))
 
@@ -270,7 +266,7 @@ def test_fp8_v_may_have_contiguous_keys() -> None:
 @pytest.mark.parametrize("part", [(slice(None), slice(0, 24)), (..., slice(0, 32))])
 def test_contiguous_keys_that_kernels_cannot_read(part: tuple[Any, ...]) -> None:
     scales = {f"{n}_descale": torch.ones(2, 1, HEADS) for n in "qkv"}
-    v = keys_first(draw(2, 32, HEADS, 64).to(FP8))[part]
+    v = keys_contiguous(draw(2, 32, HEADS, 64).to(FP8))[part]
     q, k = (draw(2, v.shape[1], HEADS, 64, seed=i).to(FP8) for i in range(2))
     with pytest.raises(flash.ArgumentValueError, match=r"v\.contiguous\(\)"):
         flash.attention(q, k, v, **scales)

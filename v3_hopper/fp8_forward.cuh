@@ -1,5 +1,5 @@
 // The algorithm in FP8: consumer warpgroups at different points of S, softmax and P V fill each
-// other's gaps, while the producer's warps transpose V ahead of them.
+// other's gaps, while the producer's warps transpose V ahead of them, unless it comes so.
 #pragma once
 
 #include "v3_hopper/fp8_gemm.cuh"

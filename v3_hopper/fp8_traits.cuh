@@ -1,5 +1,5 @@
-// The constants of the FP8 kernel: V passes through shared memory twice, as it comes and transposed
-// with rows of ones below it, so that P V also gives the row sums.
+// The constants of the FP8 kernel: V lies transposed in shared memory, unless its keys are contiguous
+// by way of another place there, with rows of ones below it, so that P V also gives the row sums.
 #pragma once
 
 #include "v3_hopper/traits.cuh"

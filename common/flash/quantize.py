@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash.checks import KEY_STEP
 from flash.engines import quantizer
 from flash.engines.quantizer import Task
 from flash.spec import Varlen
@@ -18,7 +19,6 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 GRANULARITIES = ("block", "head", "tensor")
 SPREAD_ROWS, SPREAD_SHARE = 8, 0.125
-KEYS_STEP = 16
 
 
 class QuantizedQKV(NamedTuple):
@@ -72,7 +72,12 @@ def quantize_packed(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen,
 
 def _turns(v: Tensor, block: int) -> bool:
     """The copy engine takes strides of whole 16 bytes."""
-    return v.shape[1] > 0 and v.shape[1] % KEYS_STEP == 0 and block % KEYS_STEP == 0
+    return v.shape[1] > 0 and v.shape[1] % KEY_STEP == 0 and block % KEY_STEP == 0
+
+
+def keys_contiguous(v: Tensor) -> Tensor:
+    """The same values, (batch, heads, dim, rows) in memory."""
+    return quantizer.empty(v.shape, True, v.device).copy_(v)
 
 
 def _joined(tasks: list[Task], granularity: str) -> QuantizedQKV:
@@ -92,9 +97,7 @@ def _plainly(task: Task, granularity: str) -> tuple[Tensor, Tensor]:
     norm = part_of(task.x.shape[-1]) ** -0.5 if task.rotate else 1.0
     if task.packed is None:
         found = quantize(turned, granularity, task.block, task.heads_kv, norm, task.spread)
-        if not task.keys_first:
-            return found
-        return quantizer.empty(task.x.shape, True, task.x.device).copy_(found[0]), found[1]
+        return (keys_contiguous(found[0]), found[1]) if task.keys_first else found
     return _by_sequence(turned, task, norm)
 
 

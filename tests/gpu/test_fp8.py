@@ -17,6 +17,7 @@ import flash
 from flash import dispatch
 from flash.capability import arch_of, capability
 from flash.checks_more import BLOCK
+from flash.quantize import keys_contiguous
 from flash.spec import Descale, Spec
 
 FP8 = torch.float8_e4m3fn
@@ -89,11 +90,6 @@ def wide(x: Tensor, scale: Tensor) -> Tensor:
     return x.double() * scale.double()[:, index].repeat_interleave(group, 2)[..., None]
 
 
-def keys_first(x: Tensor) -> Tensor:
-    """The same values, (batch, heads, dim, rows) in memory."""
-    return x.view(torch.uint8).permute(0, 2, 3, 1).contiguous().view(FP8).permute(0, 3, 1, 2)
-
-
 def attend(case: Case, qkv: tuple[Tensor, ...], descale: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     named = dict(zip(("q_descale", "k_descale", "v_descale"), descale, strict=True))
     found: tuple[Tensor, ...] = flash.attention(
@@ -142,9 +138,9 @@ def test_keys_of_v_contiguous(version: str, case: Case, monkeypatch: pytest.Monk
     nan = torch.tensor(float("nan"), device=DEVICE).to(FP8)
     k, v = (torch.where(hide, nan, x) for x in qkv[1:])
     with guarded(monkeypatch):
-        out, lse = attend(case, (amid_nan(qkv[0]), amid_nan(k), keys_first(v)), descale)
+        out, lse = attend(case, (amid_nan(qkv[0]), amid_nan(k), keys_contiguous(v)), descale)
     assert_close(out, lse, exact, exact_lse)
-    again = attend(case, (qkv[0], k, keys_first(v)), descale)
+    again = attend(case, (qkv[0], k, keys_contiguous(v)), descale)
     assert torch.equal(out, again[0])
     assert torch.equal(lse, again[1])
 
@@ -169,7 +165,7 @@ def test_error_is_that_of_the_schedule(version: str, case: Case) -> None:
 def test_nan_reaches_only_who_sees_it(version: str, case: Case, turned: bool) -> None:
     (case,) = vary([case], causal=[True])
     (q, k, v), descale = stored(case)
-    v = keys_first(v) if turned else v
+    v = keys_contiguous(v) if turned else v
     clean, _ = attend(case, (q, k, v), descale)
     spoiled = v.float()
     spoiled[:, 333, :, 5] = float("nan")

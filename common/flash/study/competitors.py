@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import flash
 from flash.checks_more import BLOCK
+from flash.quantize import keys_contiguous
 from flash.study.cases import Case
 from flash.study.inputs import FP8, Inputs
 
@@ -93,11 +94,6 @@ def _ours(backend: str, case: Case, x: Inputs, **more: Any) -> Run:
         raise Unfit("no output and LSE of a forward pass")
     given = (x.dout, x.q, x.k, x.v, *x.saved)
     return lambda: tuple(flash.attention_backward(*given, **options))
-
-
-def keys_contiguous(v: Tensor) -> Tensor:
-    """The same values in the layout that `flash.quantize_fp8` gives V."""
-    return v.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def unit_scales(x: Inputs) -> dict[str, Tensor]:

@@ -102,7 +102,9 @@ def label_lines(ax: Axes, labels: Sequence[Label], theme: Theme) -> None:
             ax.annotate(label.text, (label.x, label.y), (-2, 4), textcoords="offset points",
                         color=label.color, va="bottom", ha="right")  # fmt: skip
     labels = [label for label in labels if label.x is None]
-    height = ax.get_position().height * ax.figure.get_figheight() * 72  # type: ignore[union-attr]
+    figure = ax.figure
+    assert isinstance(figure, Figure)
+    height = ax.get_position().height * figure.get_figheight() * 72
     to_axes = ax.transAxes.inverted()
     x = ax.get_xlim()[1]
     places = [float(to_axes.transform(ax.transData.transform((x, label.y)))[1]) for label in labels]
