@@ -1,5 +1,6 @@
-// The constants of the FP8 kernel: V lies transposed in shared memory, unless its keys are contiguous
-// by way of another place there, with rows of ones below it, so that P V also gives the row sums.
+// The constants of the FP8 kernel: V lies (dv, keys) in shared memory, with rows of ones below it,
+// so that P V also gives the row sums. It passes through another place there if it is to be
+// transposed.
 #pragma once
 
 #include "v3_hopper/traits.cuh"
