@@ -1,8 +1,8 @@
 """Every kernel under NVIDIA's compute-sanitizer: `python -m bench.sanitize [--version v3] ...`.
 
-One process for each version, direction and tool calls every kernel that was built on small shapes
-of every kind (bench.kernel_calls). Adds to bench/results/<gpu>/sanitizer.json, so that parts can
-be asked for alone.
+A part is a version, a direction and a tool; its kernels are dealt to processes, each of which calls
+its share on small shapes of every kind (bench.kernel_calls). Adds to
+bench/results/<gpu>/sanitizer.json, so that parts can be asked for alone.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ SHOWN = 20  # kinds of reports that are kept
 Row = dict[str, Any]
 
 
-def work(version: str, direction: str, only: str) -> None:
+def work(version: str, direction: str, share: str, only: str) -> None:
     """What runs under the sanitizer; prints a line before each call, and one for each kernel."""
-    for kernel in kernel_calls.every(version):
-        if kernel.direction != DIRECTIONS.index(direction) or only not in str(kernel):
-            continue
+    built = [k for k in kernel_calls.every(version) if k.direction == DIRECTIONS.index(direction)]
+    kernels = [kernel for kernel in built if only in str(kernel)]
+    first, step = map(int, share.split("/"))
+    for kernel in kernels[first::step]:
         worst = 0.0
         for shape in kernel_calls.shapes(kernel):
             print(f"{CALLS}{kernel}, {shape.name}", flush=True)
@@ -62,8 +63,8 @@ def work(version: str, direction: str, only: str) -> None:
         print("kernel " + json.dumps(found), flush=True)
 
 
-def inspect(name: str, direction: str, tool: str, args: argparse.Namespace) -> Row:
-    """One part: the row that is recorded."""
+def inspect(name: str, direction: str, tool: str, share: int, args: argparse.Namespace) -> Row:
+    """One share of a part: what is recorded of it."""
     version, path = OURS[name], os.environ.get("PYTHONPATH", "")
     about: Row = {}
     if (name, tool) in EVERY_LANE_SEES:
@@ -73,7 +74,8 @@ def inspect(name: str, direction: str, tool: str, args: argparse.Namespace) -> R
     begin = time.monotonic()
     command = [SANITIZER, "--tool", tool, *OPTIONS.get(tool, ()), "--kernel-name", "kns=flash",
                "--show-backtrace", "device", "--print-limit", "1000", sys.executable, "-m",
-               "bench.sanitize", "--work", version, direction, args.only]  # fmt: skip
+               "bench.sanitize", "--only", args.only, "--work", version, direction,
+               f"{share}/{args.shares}"]  # fmt: skip
     status, text = output_of(command, args.seconds, path)
     about |= {"version": version, "direction": direction, "tool": tool,
              "digest": digest.digest(version), "date": record.now(),
@@ -132,6 +134,23 @@ def verdict(text: str, status: int) -> Row:
     return row
 
 
+def together(shares: list[Row]) -> Row:
+    """The shares of a part as one row; without a summary of each there is none."""
+    row = {**shares[0], "kernels": sorted(kernel for s in shares for kernel in s["kernels"]),
+           "error": max((s["error"] for s in shares if s["error"] is not None), default=None),
+           "seconds": max(s["seconds"] for s in shares)}  # fmt: skip
+    for count in ("errors", "warnings"):
+        row.pop(count, None)
+        if all(count in s for s in shares):
+            row[count] = sum(s[count] for s in shares)
+    for key in ("said", "report"):
+        if lines := [line for s in shares for line in s.get(key, [])]:
+            row[key] = lines[:SHOWN]
+    if why := [s["why"] for s in shares if "why" in s]:
+        row["why"] = "; ".join(why)
+    return row
+
+
 def kinds(text: str) -> Counter[str]:
     """The reports without what differs from thread to thread, and how often each came."""
     found: Counter[str] = Counter()
@@ -150,12 +169,14 @@ def main() -> int:
     parser.add_argument("--tool", choices=TOOLS, action="append")
     parser.add_argument("--only", default="", help="kernels whose name holds this, as 'bf16:64'")
     parser.add_argument("--workers", type=int, default=8, help="processes at a time")
+    parser.add_argument("--shares", type=int, default=1, help="processes that share a part")
     parser.add_argument("--seconds", type=float, default=300, help="for one process")
     parser.add_argument("--place", type=Path, help="where builds of their own are, or go")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        work(*args.work)
+        version, direction, share = args.work
+        work(version, direction, share, args.only)
         return 0
     if script.lacks_gpu("sanitize"):
         return 2
@@ -180,8 +201,15 @@ def run(args: argparse.Namespace) -> int:
     rows, idioms = record.read(path).get("sanitizer", []), probe(args.place)
     print("reports of", idioms, flush=True)
     with ThreadPoolExecutor(args.workers) as pool:
-        for done in as_completed([pool.submit(inspect, *part, args) for part in parts]):
-            row = done.result()
+        running = {pool.submit(inspect, *part, share, args): part
+                   for part in parts for share in range(args.shares)}  # fmt: skip
+        found: dict[tuple[str, str, str], list[Row]] = {part: [] for part in parts}
+        for done in as_completed(running):
+            shares = found[running[done]]
+            shares.append(done.result())
+            if len(shares) < args.shares:
+                continue
+            row = together(shares)
             rows = record.merge(rows, row, KEY)
             bad += "why" in row or row["errors"] > 0 or row["warnings"] > 0
             counts = " ".join(f"{k} {row[k]}" for k in ("errors", "warnings", "why") if k in row)

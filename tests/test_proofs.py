@@ -132,6 +132,18 @@ def test_a_clean_run_and_one_without_an_end() -> None:
     assert sanitize.verdict(stuck, -1)["why"] == "ran out of time in backward fp16:64, causal"
 
 
+def test_shares_of_a_part_are_one_row() -> None:
+    clean, found = ({**sanitize.verdict(text, 0), "seconds": 1.5} for text in (CLEAN, MEMCHECK))
+    both = sanitize.together([clean, found])
+    assert (both["errors"], both["warnings"]) == (found["errors"], 0)
+    assert both["kernels"] == sorted(clean["kernels"] + found["kernels"])
+    assert both["report"] == found["report"]
+    cut = sanitize.together([clean, {**sanitize.verdict("", -1), "seconds": 9.0}])
+    assert (proof_tables.verdict(cut), cut["seconds"]) == ("ran out of time", 9.0)
+    assert "errors" not in cut
+    assert cut["kernels"] == clean["kernels"]
+
+
 KERNELS = [
     Kernel("v2_parallel", 0, 1, 64, 64), Kernel("v2_parallel", 1, 1, 64, 64),
     Kernel("v3_hopper", 0, 1, 192, 128), Kernel("v3_hopper", 0, 3, 64, 64),
