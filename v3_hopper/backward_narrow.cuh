@@ -12,59 +12,66 @@
 
 namespace flash::v3 {
 
-// One consumer warpgroup. A tile that has come by then begins before the gradients of the tile
-// before it leave: its first S and dP are computed meanwhile.
+// Has the next key tile come, with its first rows? All four warps find the same.
+template <class Traits>
+__device__ __forceinline__ bool next_is_here(typename Traits::Shared& shared,
+                                             const Ring<Traits::kTiles>& next,
+                                             const NarrowRings<Traits>& ring, int warpgroup) {
+  const bool here = shared.tile_full[next.slot].test(next.parity) &&
+                    shared.k_full[next.slot].test(next.parity) &&
+                    shared.v_full[next.slot].test(next.parity) &&
+                    shared.rows_full[ring.rows.slot].test(ring.rows.parity);
+  if (any_at(kWarpgroupDone + warpgroup, kWarpgroup, !here)) return false;
+  return shared.tile[next.slot].steps.count() > 0;
+}
+
+// One consumer warpgroup, where there is room for two key tiles. If the next has come by then, it
+// begins before the gradients of this one leave: its first S and dP are computed meanwhile.
 template <class Traits>
 __device__ __forceinline__ void consume_tiles(typename Traits::Shared& shared,
                                               const BackwardParams& p, int warpgroup) {
   const Exponent exponent(p);
   NarrowRings<Traits> ring;
   NarrowFragments<Traits> r;
-  clear_gradients(r);
   bool begun = false;
-  for (Ring<Traits::kTiles> place;;) {
-    shared.tile_full[place.slot].wait(place.parity);
-    const AnnouncedTile now = shared.tile[place.slot];
-    if (!now.exists) return;
-    const Ring<Traits::kTiles> mine = place;
-    const NarrowConsumer<Traits> self{shared,       p,         exponent, now.tile,
-                                      now.sequence, mine.slot, warpgroup};
+  for_each_tile<Traits>(shared, [&](const AnnouncedTile& now, const Ring<Traits::kTiles>& place) {
+    const NarrowConsumer<Traits> self{shared,       p,          exponent, now.tile,
+                                      now.sequence, place.slot, warpgroup};
     const int steps = now.steps.count();
+    clear_gradients(r);
     if (steps > 0) {
       if (!begun) {
-        self.issue_first(r, ring, mine.parity);
+        self.issue_first(r, ring, place.parity);
         self.await_first(r, ring);
       }
       self.take_steps(r, ring, steps);
     }
-    place.advance();
-    const bool here = shared.tile_full[place.slot].test(place.parity) &&
-                      shared.k_full[place.slot].test(place.parity) &&
-                      shared.v_full[place.slot].test(place.parity) &&
-                      shared.rows_full[ring.rows.slot].test(ring.rows.parity);
-    // All four warps do the same.
-    begun = !any_at(kWarpgroupDone + warpgroup, kWarpgroup, !here);
+    auto next = place;
+    next.advance();
+    begun = next_is_here<Traits>(shared, next, ring, warpgroup);
     if (begun) {
-      const AnnouncedTile next = shared.tile[place.slot];
-      begun = next.steps.count() > 0;
-      if (begun) {
-        const NarrowConsumer<Traits> then{shared,        p,          exponent, next.tile,
-                                          next.sequence, place.slot, warpgroup};
-        then.issue_first(r, ring, place.parity);
-        self.store_gradients(r, mine.parity);
-        then.await_first(r, ring);
-      }
+      const AnnouncedTile after = shared.tile[next.slot];
+      const NarrowConsumer<Traits> then{shared,         p,         exponent, after.tile,
+                                        after.sequence, next.slot, warpgroup};
+      then.issue_first(r, ring, next.parity);
+      self.store_gradients(r, place.parity);
+      then.await_first(r, ring);
+    } else {
+      self.store_gradients(r, place.parity);
     }
-    if (!begun) self.store_gradients(r, mine.parity);
-    clear_gradients(r);
-  }
+  });
 }
 
 // The warpgroup that multiplies dQ: it keeps K transposed in registers.
 template <class Traits>
 __device__ __forceinline__ void multiply_dq(typename Traits::Shared& shared,
-                                            NarrowRings<Traits>& ring, int steps, int slot,
-                                            bool hides) {
+                                            NarrowRings<Traits>& ring, const AnnouncedTile& now,
+                                            int slot) {
+  const int key = now.tile.block * Traits::kBlockKV;
+  const Range rows = now.sequence.rows(key, Traits::kBlockKV);
+  const bool hides =
+      !now.sequence.all_visible(rows.begin, rows.end - rows.begin, key, Traits::kBlockKV);
+  const int steps = now.steps.count();
   float dq[Traits::kBlockQ / 2];  // (dim, 64 rows)
   uint32_t k[Traits::kBlockKV / 4];
   if (steps > 0) {
@@ -95,7 +102,9 @@ __device__ __forceinline__ void multiply_dq(typename Traits::Shared& shared,
 // The same of wider heads: K stays where it is, and half of the columns are computed at a time.
 template <class Traits>
 __device__ __forceinline__ void multiply_dq_halves(typename Traits::Shared& shared,
-                                                   NarrowRings<Traits>& ring, int steps, int slot) {
+                                                   NarrowRings<Traits>& ring,
+                                                   const AnnouncedTile& now, int slot) {
+  const int steps = now.steps.count();
   for (int i = 0; i < steps; ++i) {
     shared.ds_full[ring.ds.slot].wait(ring.ds.parity);
 #pragma unroll
@@ -140,32 +149,25 @@ __global__ __launch_bounds__(Traits::kThreads,
     }
   } else if (warpgroup == Traits::kConsumers + 1) {
     shrink_registers<Traits::kSumRegisters>();
-    if constexpr (Traits::kTransposed) {
-      for_each_tile<Traits>(shared, [&](const KeyTile& tile, const Sequence& sequence,
-                                        const RowSteps& steps, int slot, uint32_t) {
-        const int key = tile.block * Traits::kBlockKV;
-        const Range rows = sequence.rows(key, Traits::kBlockKV);
-        const bool hides =
-            !sequence.all_visible(rows.begin, rows.end - rows.begin, key, Traits::kBlockKV);
-        multiply_dq<Traits>(shared, ring, steps.count(), slot, hides);
-      });
-    } else {
-      for_each_tile<Traits>(
-          shared, [&](const KeyTile&, const Sequence&, const RowSteps& steps, int slot, uint32_t) {
-            multiply_dq_halves<Traits>(shared, ring, steps.count(), slot);
-          });
-    }
+    for_each_tile<Traits>(shared, [&](const AnnouncedTile& now, const Ring<Traits::kTiles>& place) {
+      if constexpr (Traits::kTransposed) {
+        multiply_dq<Traits>(shared, ring, now, place.slot);
+      } else {
+        multiply_dq_halves<Traits>(shared, ring, now, place.slot);
+      }
+    });
   } else {
     grow_registers<Traits::kConsumerRegisters>();
     if constexpr (Traits::kTiles > 1) {
       consume_tiles<Traits>(shared, p, warpgroup - 1);
     } else {
       const Exponent exponent(p);
-      for_each_tile<Traits>(shared, [&](const KeyTile& tile, const Sequence& sequence,
-                                        const RowSteps& steps, int slot, uint32_t parity) {
-        const NarrowConsumer<Traits> self{shared, p, exponent, tile, sequence, slot, warpgroup - 1};
-        self.take_tile(ring, steps.count(), parity);
-      });
+      for_each_tile<Traits>(
+          shared, [&](const AnnouncedTile& now, const Ring<Traits::kTiles>& place) {
+            const NarrowConsumer<Traits> self{shared,       p,          exponent,     now.tile,
+                                              now.sequence, place.slot, warpgroup - 1};
+            self.take_tile(ring, now.steps.count(), place.parity);
+          });
     }
     if constexpr (Traits::kFinishes) {
       // Its gradients are stored; K and V of its keys are read by nobody any more.

@@ -193,56 +193,38 @@ __device__ __forceinline__ void produce_tiles(typename Traits::Shared& shared,
   }
 }
 
-// Calls visit(tile, sequence, steps, slot, parity) for one key tile after the other.
+// Calls visit(announced, place) for one key tile after the other.
 template <class Traits, class Visit>
 __device__ __forceinline__ void for_each_tile(typename Traits::Shared& shared, Visit visit) {
-  for (Ring<Traits::kTiles> ring;; ring.advance()) {
-    shared.tile_full[ring.slot].wait(ring.parity);
-    const AnnouncedTile announced = shared.tile[ring.slot];
+  for (Ring<Traits::kTiles> place;; place.advance()) {
+    shared.tile_full[place.slot].wait(place.parity);
+    const AnnouncedTile announced = shared.tile[place.slot];
     if (!announced.exists) return;
-    visit(announced.tile, announced.sequence, announced.steps, ring.slot, ring.parity);
+    visit(announced, place);
   }
 }
 
 // One thread per buffer of dQ (of all columns in turn, or of half of them) adds what is staged
-// there to the sums in L2: the wait for its turn and for the copy engine must not hold up the next
-// block. The first key tile of a block stores, so sums need no zeros beforehand; deterministic sums
-// keep the order of all.
+// there: the wait for its turn and for the copy engine must not hold up the next block.
 template <class Traits>
 __device__ __forceinline__ void add_dq_of_tiles(typename Traits::Shared& shared,
                                                 const BackwardParams& p, const Scratch& scratch,
                                                 int buffer) {
-  constexpr int kBytes = sizeof(shared.dq[0]);
   uint32_t parity = 0;
   int until_mine = buffer;  // steps
-  for_each_tile<Traits>(shared, [&](const KeyTile& tile, const Sequence& sequence, RowSteps step,
-                                    int slot, uint32_t) {
-    shared.tile_free[slot].arrive();
-    const int block0 = int(first_block(p, sequence, tile.batch));
-    for (; step.valid(); step.advance()) {
+  for_each_tile<Traits>(shared, [&](const AnnouncedTile& now, const Ring<Traits::kTiles>& place) {
+    shared.tile_free[place.slot].arrive();
+    const KeyTile& tile = now.tile;
+    const int block0 = int(first_block(p, now.sequence, tile.batch));
+    for (RowSteps step = now.steps; step.valid(); step.advance()) {
       if (Traits::kTransposed && until_mine-- > 0) continue;
       until_mine = Traits::kStagesDQ - 1;
-      const int index = step.head * int(scratch.blocks) + block0 + step.block;
-      const int part = Traits::kTransposed ? 0 : buffer;
-      int* turn = scratch.turn + 2 * index + part;  // a pair for each block is cleared
-      float* target = scratch.dq + (int64_t(index) * Traits::kChunks + part) * (kBytes / 4);
-      const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
-      if (mine > 0) await_turn(turn, p.deterministic ? mine : 1);
-      shared.dq_full[buffer].wait(parity);
-      if (mine == 0) {
-        store_bulk(target, shared.dq[buffer], kBytes);
-      } else {
-        add_bulk(target, shared.dq[buffer], kBytes);
-      }
-      commit_stores();
-      wait_stores_read<0>();
-      shared.dq_free[buffer].arrive();
+      const int block = step.head * int(scratch.blocks) + block0 + step.block;
+      const int tiles_before = tile.template turn<Traits::kBlockKV>(p, now.sequence, step.row());
+      add_staged_dq<Traits::kChunks>(shared, p, scratch, buffer, parity, block, tiles_before);
       parity ^= 1;
-      if (mine == 0 || p.deterministic) pass_turn(turn);
     }
-    if (Traits::kFinishes) {
-      pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
-    }
+    if (Traits::kFinishes) pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
   });
 }
 

@@ -64,32 +64,41 @@ __device__ __forceinline__ void pass_turn(int* turn) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
 
-// One thread per consumer warpgroup adds what that warpgroup stages to the sums in L2. The first
-// key tile of a block stores, so sums need no zeros beforehand, unless they have them;
-// deterministic sums keep the order of all.
+// One thread adds what is staged in a buffer, a whole block of dQ or one of its parts, to the sums
+// in L2, and gives the buffer back. The first of a block's key tiles stores, so sums need no zeros
+// beforehand, unless they have them; deterministic sums keep the order of all.
+template <int kParts, class Shared>
+__device__ __forceinline__ void add_staged_dq(Shared& shared, const BackwardParams& p,
+                                              const Scratch& scratch, int buffer, uint32_t parity,
+                                              int64_t block, int tiles_before) {
+  constexpr int kBytes = sizeof(shared.dq[0]);
+  const int part = kParts > 1 ? buffer : 0;
+  int* turn = scratch.turn + 2 * block + part;
+  float* target = scratch.dq + (kParts * block + part) * (kBytes / 4);
+  const bool first = tiles_before == 0 && !scratch.zeroed;
+  if (tiles_before > 0 && !scratch.zeroed) await_turn(turn, p.deterministic ? tiles_before : 1);
+  shared.dq_full[buffer].wait(parity);
+  if (first) {
+    store_bulk(target, shared.dq[buffer], kBytes);
+  } else {
+    add_bulk(target, shared.dq[buffer], kBytes);
+  }
+  commit_stores();
+  wait_stores_read<0>();
+  shared.dq_free[buffer].arrive();
+  if (first || p.deterministic) pass_turn(turn);
+}
+
+// One thread per consumer warpgroup adds the columns of dQ which that warpgroup stages.
 template <class Traits>
 __device__ __forceinline__ void add_dq(typename Traits::Shared& shared, const BackwardParams& p,
                                        const Scratch& scratch, const KeyTile& tile,
                                        const Sequence& sequence, RowSteps step, int warpgroup) {
-  constexpr int kBytes = sizeof(shared.dq[0]);
   const int64_t block0 = first_block(p, sequence, tile.batch);
   for (uint32_t parity = 0; step.valid(); step.advance(), parity ^= 1) {
-    const int64_t index = step.head * scratch.blocks + block0 + step.block;
-    int* turn = scratch.turn + index * Traits::kConsumers + warpgroup;
-    float* target = scratch.dq + (index * Traits::kConsumers + warpgroup) * (kBytes / 4);
-    const int mine = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
-    const bool first = mine == 0 && !scratch.zeroed;
-    if (mine > 0 && !scratch.zeroed) await_turn(turn, p.deterministic ? mine : 1);
-    shared.dq_full[warpgroup].wait(parity);
-    if (first) {
-      store_bulk(target, shared.dq[warpgroup], kBytes);
-    } else {
-      add_bulk(target, shared.dq[warpgroup], kBytes);
-    }
-    commit_stores();
-    wait_stores_read<0>();
-    shared.dq_free[warpgroup].arrive();
-    if (first || p.deterministic) pass_turn(turn);
+    const int64_t block = step.head * scratch.blocks + block0 + step.block;
+    const int tiles_before = tile.template turn<Traits::kBlockKV>(p, sequence, step.row());
+    add_staged_dq<Traits::kConsumers>(shared, p, scratch, warpgroup, parity, block, tiles_before);
   }
   if (scratch.shares > 0) pass_turn(scratch.done + tile.batch * p.heads_kv + tile.head_kv);
 }
