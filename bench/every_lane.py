@@ -18,7 +18,7 @@ from bench.variants import Variant
 _BACKWARD, _KEYS = "v3_hopper/backward.cuh", "v3_hopper/backward_keys.cuh"
 _QUERIES, _LOAD = "v3_hopper/backward_queries.cuh", "v3_hopper/load_backward.cuh"
 _NARROW = "v3_hopper/narrow_backward.cuh"
-_CONSUMER = "v3_hopper/consumer_backward.cuh"
+_CONSUMER, _ROWS = (f"v3_hopper/consumer_{name}.cuh" for name in ("backward", "queries"))
 _PIPE, _PRODUCE, _GUARD = (f"v3_hopper/{name}.cuh" for name in ("pipe", "load", "guard"))
 _ONE, _EVERY = "if (threadIdx.x % 32 == 0) barrier.arrive();", "barrier.arrive();"
 _WARPS, _LANES = "kWarps = Traits::kConsumers * 4;", "kWarps = Traits::kConsumers * 128;"
@@ -39,7 +39,7 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     (_PRODUCE, "if (threadIdx.x == 0) shared.work_empty", "shared.work_empty"),
     (_GUARD, "if (leader) shared.work_empty", "shared.work_empty"),
     (_CONSUMER, _ONE, _EVERY),
-    (_QUERIES, _ONE, _EVERY),
+    (_ROWS, _ONE, _EVERY),
     (_BACKWARD, _WARPS, _LANES),
     (_QUERIES, _WARPS, _LANES),
     (_BACKWARD, "dq_full[i].init(4);", "dq_full[i].init(128);"),

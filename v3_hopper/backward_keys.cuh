@@ -9,6 +9,21 @@
 
 namespace flash::v3 {
 
+// Where a step finds its tiles: dO and P two deep, Q as deep as there is room.
+template <int kStagesQ>
+struct KeysRing : Ring<2> {
+  Ring<kStagesQ> rows;
+  __device__ __forceinline__ const Ring<kStagesQ>& q() const { return rows; }
+  __device__ __forceinline__ void advance() {
+    Ring<2>::advance();
+    rows.advance();
+  }
+};
+template <>
+struct KeysRing<2> : Ring<2> {
+  __device__ __forceinline__ const Ring<2>& q() const { return *this; }
+};
+
 template <class I, bool kHasSoftcap>
 struct KeysTraits {
   using Element = typename I::Element;
@@ -19,7 +34,9 @@ struct KeysTraits {
   static constexpr int kBlockKV = 64;
   static constexpr int kKeysPerWarpgroup = 0;       // both own all 64
   static constexpr int kColumnsDQ = kChunkColumns;  // K's chunks: dQ has a kernel of its own
-  static constexpr int kStagesQ = 2;
+  // In turn dK is done just before the next turn begins: the next scores need a Q that came before.
+  static constexpr bool kInTurn = kHeadDim + kHeadDimV <= 384;
+  static constexpr int kStagesQ = kInTurn ? 3 : 2;
   static constexpr int kStagesDO = 2;
   static constexpr int kConsumers = 2;  // the warpgroup of dV, the warpgroup of dK
   static constexpr int kThreads = 3 * kWarpgroup;
@@ -60,19 +77,26 @@ template <class Traits>
 struct ForDV {
   using Element = typename Traits::Element;
   static constexpr int kScores = Traits::kBlockQ / 2;
-  using Steps = Ring<2>;
+  static constexpr bool kInTurn = Traits::kInTurn;
+  static constexpr bool kTakesOver = false;
+  using Steps = KeysRing<Traits::kStagesQ>;
   const KeyConsumer<Traits>& self;
   const Exponent exponent{self.p};
   float dv[Traits::kHeadDimV / 2];  // (64 keys, dim)
   float s[kScores];                 // (64 keys, 64 rows)
   uint32_t p16[kScores / 2];
 
-  __device__ __forceinline__ void issue_scores(int slot, uint32_t parity) {
-    self.shared.q_full[slot].wait(parity);
+  __device__ __forceinline__ void start_scores(const Steps& ring) {
+    const int slot = ring.q().slot;
+    self.shared.q_full[slot].wait(ring.q().parity);
     if constexpr (!Traits::kSoftcap) start(s, self.shared.lse[slot] + self.column());
     pin(s);
+  }
+
+  __device__ __forceinline__ void issue_scores(const Steps& ring) {
     wgmma_begin();
-    gemm_scores<Traits::kHeadDim>(s, self.shared.k, 0, self.shared.q[slot], !Traits::kSoftcap);
+    gemm_scores<Traits::kHeadDim>(s, self.shared.k, 0, self.shared.q[ring.q().slot],
+                                  !Traits::kSoftcap);
     wgmma_commit();
   }
 
@@ -88,31 +112,41 @@ struct ForDV {
   }
 
   template <bool kLast>
-  __device__ __forceinline__ void take_step(RowSteps& step, Ring<2>& ring) {
+  __device__ __forceinline__ void take_step(RowSteps& step, Steps& ring) {
     auto& shared = self.shared;
     const int slot = ring.slot;
     const uint32_t parity = ring.parity;
+    const int slot_q = ring.q().slot;
     pin(s);
     if constexpr (Traits::kSoftcap) cap_scores(s, exponent);
     if (self.masked(step.row()))
       mask(s, self.sequence, self.position(step.row()), exponent.hidden());
     float p[kScores];
-    probabilities<Traits::kSoftcap>(s, p, shared.lse[slot] + self.column(), exponent.scale);
+    probabilities<Traits::kSoftcap>(s, p, shared.lse[slot_q] + self.column(), exponent.scale);
     hand_over(slot, parity);
-    self.arrive(shared.q_free[slot]);
+    self.arrive(shared.q_free[slot_q]);
     round_operand<Element>(p16, p);
     step.advance();
     ring.advance();
     shared.dout_full[slot].wait(parity);
+    // Loads of shared memory queue behind products: in turn, the next scores' start comes first.
+    if constexpr (kInTurn) {
+      if constexpr (!kLast) start_scores(ring);
+      self.take_turn();
+    }
     pin(p16);
     pin(dv);
     wgmma_begin();
     gemm_gradient(dv, p16, shared.dout[slot]);
     wgmma_commit();
     if constexpr (!kLast) {
-      issue_scores(ring.slot, ring.parity);
+      if constexpr (!kInTurn) start_scores(ring);
+      issue_scores(ring);
       wgmma_wait<1>();  // dV is there: its dO may go
+      if constexpr (kInTurn) self.give_turn();
       self.arrive(shared.dout_free[slot]);
+    } else if constexpr (Traits::kInTurn) {
+      self.give_turn();
     }
     wgmma_wait<0>();  // the next S is there
   }
@@ -123,62 +157,68 @@ template <class Traits>
 struct ForDK {
   using Element = typename Traits::Element;
   static constexpr int kScores = Traits::kBlockQ / 2;
-  using Steps = Ring<2>;
+  static constexpr bool kInTurn = Traits::kInTurn;
+  static constexpr bool kTakesOver = true;
+  using Steps = KeysRing<Traits::kStagesQ>;
   const KeyConsumer<Traits>& self;
   float dk[Traits::kHeadDim / 2];  // (64 keys, dim)
   float dp[kScores];               // (64 keys, 64 rows)
+  float p[kScores];                // P of the same rows
   uint32_t ds16[kScores / 2];
 
-  __device__ __forceinline__ void issue_scores(int slot, uint32_t parity) {
-    self.shared.dout_full[slot].wait(parity);
-    start(dp, self.shared.delta[slot] + self.column());
+  __device__ __forceinline__ void start_scores(const Steps& ring) {
+    self.shared.dout_full[ring.slot].wait(ring.parity);
+    start(dp, self.shared.delta[ring.slot] + self.column());
     pin(dp);
+  }
+
+  __device__ __forceinline__ void issue_scores(const Steps& ring) {
     wgmma_begin();
-    gemm_scores<Traits::kHeadDimV>(dp, self.shared.v, 0, self.shared.dout[slot], true);
+    gemm_scores<Traits::kHeadDimV>(dp, self.shared.v, 0, self.shared.dout[ring.slot], true);
     wgmma_commit();
   }
 
-  __device__ __forceinline__ float4 p_of(int slot, int i) const {
-    const float* from = self.shared.p[slot][i / 4][threadIdx.x % kWarpgroup];
-    return *reinterpret_cast<const float4*>(from);
+  // Takes P from the other warpgroup, while dP of the same rows is being computed.
+  __device__ __forceinline__ void take_over(int slot, uint32_t parity) {
+    self.shared.p_full[slot].wait(parity);
+#pragma unroll
+    for (int i = 0; i < kScores; i += 4) {
+      const float* from = self.shared.p[slot][i / 4][threadIdx.x % kWarpgroup];
+      const float4 four = *reinterpret_cast<const float4*>(from);
+      p[i] = four.x, p[i + 1] = four.y, p[i + 2] = four.z, p[i + 3] = four.w;
+    }
+    pin(p);
+    self.arrive(self.shared.p_free[slot]);
   }
 
   template <bool kLast>
-  __device__ __forceinline__ void take_step(RowSteps& step, Ring<2>& ring) {
+  __device__ __forceinline__ void take_step(RowSteps& step, Steps& ring) {
     auto& shared = self.shared;
     const int slot = ring.slot;
-    const uint32_t parity = ring.parity;
-    shared.p_full[slot].wait(parity);
+    const int slot_q = ring.q().slot;
     pin(dp);
     self.arrive(shared.dout_free[slot]);
-    if (self.masked(step.row())) {
-#pragma unroll
-      for (int i = 0; i < kScores; i += 4) {
-        const float4 p = p_of(slot, i);
-        if (p.x == 0.0f) dp[i] = 0.0f;
-        if (p.y == 0.0f) dp[i + 1] = 0.0f;
-        if (p.z == 0.0f) dp[i + 2] = 0.0f;
-        if (p.w == 0.0f) dp[i + 3] = 0.0f;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kScores; i += 4) {
-      const float4 p = p_of(slot, i);
-      dp[i] *= p.x, dp[i + 1] *= p.y, dp[i + 2] *= p.z, dp[i + 3] *= p.w;
-    }
-    self.arrive(shared.p_free[slot]);
+    if (self.masked(step.row())) mask_gradient(dp, p);
+    score_gradient(dp, p);
     round_operand<Element>(ds16, dp);
     step.advance();
     ring.advance();
+    if constexpr (kInTurn) {
+      if constexpr (!kLast) start_scores(ring);
+      self.take_turn();
+    }
     pin(ds16);
     pin(dk);
     wgmma_begin();
-    gemm_gradient(dk, ds16, shared.q[slot]);
+    gemm_gradient(dk, ds16, shared.q[slot_q]);
     wgmma_commit();
     if constexpr (!kLast) {
-      issue_scores(ring.slot, ring.parity);
+      if constexpr (!kInTurn) start_scores(ring);
+      issue_scores(ring);
       wgmma_wait<1>();  // dK is there: its Q may go
-      self.arrive(shared.q_free[slot]);
+      if constexpr (kInTurn) self.give_turn();
+      self.arrive(shared.q_free[slot_q]);
+      take_over(ring.slot, ring.parity);
     }
     wgmma_wait<0>();  // the next dP is there
   }
@@ -192,8 +232,11 @@ __device__ __forceinline__ void take_steps(Work& work, RowSteps step) {
   typename Work::Steps ring;
   work.self.shared.k_full.wait(0);
   work.self.shared.v_full.wait(0);
-  work.issue_scores(0, 0);
+  work.start_scores(ring);
+  work.issue_scores(ring);
+  if constexpr (Work::kTakesOver) work.take_over(0, 0);
   wgmma_wait<0>();
+  if constexpr (Work::kInTurn && Work::kTakesOver) work.self.give_turn();  // the first one
   for (int i = 0; i < steps - 1; ++i) work.template take_step<false>(step, ring);
   work.template take_step<true>(step, ring);
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "v3_hopper/backward.cuh"
+#include "v3_hopper/consumer_queries.cuh"
 
 namespace flash::v3 {
 
@@ -17,7 +18,9 @@ struct QueriesTraits {
   static constexpr int kConsumers = 2;
   static constexpr int kBlockQ = 64 * kConsumers;
   static constexpr int kBlockKV = 64;
-  static constexpr int kStagesK = 2;
+  // In turn one's dQ is done just before the other's next: a third K is on its way by then.
+  static constexpr bool kInTurn = kHeadDim + kHeadDimV <= 384;
+  static constexpr int kStagesK = kInTurn ? 3 : 2;
   static constexpr int kStagesV = kHeadDim + kHeadDimV > 384 ? 1 : 2;  // what fits
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kProducerRegisters = 24;
@@ -35,19 +38,6 @@ struct QueriesTraits {
     Barrier v_full[kStagesV], v_free[kStagesV];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
-};
-
-// The query rows that one CTA owns; the longest loops are launched first.
-struct RowTile {
-  int batch, head, row;
-
-  __device__ __forceinline__ RowTile(const BackwardParams& p, const Scratch& scratch, int rows) {
-    const int blocks = (p.seqlen_q + rows - 1) / rows;
-    const HeadTile at(scratch, blockIdx.x, p.batch * p.heads_q, blocks);
-    row = rows * (p.window_right == kUnlimited ? at.tile : blocks - 1 - at.tile);
-    head = at.head % p.heads_q;
-    batch = at.head / p.heads_q;
-  }
 };
 
 template <class Traits>
@@ -81,147 +71,6 @@ __device__ __forceinline__ void produce_keys(typename Traits::Shared& shared,
     ring_v.advance();
   }
 }
-
-// One consumer warpgroup: 64 query rows; each thread holds elements of rows `row` and `row` + 8.
-template <class Traits>
-struct RowConsumer {
-  using Element = typename Traits::Element;
-  static constexpr int kScores = Traits::kBlockKV / 2;
-  static constexpr int kThreads = Traits::kConsumers * kWarpgroup;
-
-  typename Traits::Shared& shared;
-  const BackwardParams& p;
-  const Sequence& sequence;
-  const int warpgroup;
-  const int first_row;  // of the warpgroup, in the sequence
-  float lse[2], delta[2];
-  float dq[Traits::kHeadDim / 2];  // (64 rows, dim)
-  float s[kScores];                // (64 rows, 64 keys): S, then P
-  float dp[kScores];
-  uint32_t ds16[kScores / 2];
-
-  __device__ __forceinline__ int row() const {
-    return first_row + threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4;
-  }
-
-  __device__ __forceinline__ void load_statistics(const Scratch& scratch, const RowTile& tile) {
-    const int64_t block = tile.head * scratch.blocks + first_block(p, sequence, tile.batch);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = row() + 8 * i;
-      const bool valid = at < sequence.seqlen_q;
-      lse[i] = valid ? scratch.lse[block * kGradientRows + at] : -INFINITY;
-      if (!Traits::kSoftcap && valid) lse[i] *= Exponent(p).scale;  // into base 2
-      delta[i] = valid ? scratch.delta[block * kGradientRows + at] : 0.0f;
-    }
-  }
-
-  __device__ __forceinline__ void arrive(Barrier& barrier) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier.arrive();
-  }
-
-  __device__ __forceinline__ void issue_scores(int slot, uint32_t parity) {
-    shared.k_full[slot].wait(parity);
-    pin(s);
-    wgmma_begin();
-    gemm_scores<Traits::kHeadDim>(s, shared.q, 64 * warpgroup, shared.k[slot], false);
-    wgmma_commit();
-  }
-
-  // Both warpgroups have their S of these keys; those that are not finite become zero before dQ
-  // would spread them to rows that do not see them.
-  template <class Tile>
-  __device__ __forceinline__ void guard_keys(Tile& keys, int key) const {
-    const int row = first_row - 64 * warpgroup;
-    if (sequence.all_visible(row, Traits::kBlockQ, key, Traits::kBlockKV)) return;
-    if (!any_at(kKeysRead, kThreads, find_non_finite(keys, 0, Traits::kBlockKV, kThreads))) return;
-    remove_non_finite(keys, 0, Traits::kBlockKV, kThreads, nullptr);
-    named_sync(kKeysRead, kThreads);
-  }
-
-  // S -> P, with the mask where the block needs one; true if it did.
-  __device__ __forceinline__ bool find_probabilities(const Exponent& exponent, int key) {
-    const bool masked = !sequence.all_visible(first_row, 64, key, Traits::kBlockKV);
-    if constexpr (Traits::kSoftcap) cap_scores(s, exponent);
-    if (masked) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        const int column = key + threadIdx.x % 4 * 2 + 8 * (i / 4) + i % 2;
-        if (!sequence.visible(row() + 8 * (i / 2 % 2), column)) s[i] = exponent.hidden();
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const float x = fast_exp2(s[i] * exponent.scale + lse[i / 2 % 2]);
-      s[i] = Traits::kSoftcap ? x * fmaxf(1.0f - s[i] * s[i], 0.0f) : x;
-    }
-    return masked;
-  }
-
-  // One key block; and, unless it is the last, S of the next.
-  template <bool kLast>
-  __device__ __forceinline__ void take_step(const Exponent& exponent, int key,
-                                            Ring<Traits::kStagesK>& ring_k,
-                                            Ring<Traits::kStagesV>& ring_v) {
-    const int slot = ring_k.slot;
-    pin(s);
-    guard_keys(shared.k[slot], key);
-    const bool masked = find_probabilities(exponent, key);
-    shared.v_full[ring_v.slot].wait(ring_v.parity);
-    pin(dp);
-    wgmma_begin();
-    gemm_scores<Traits::kHeadDimV>(dp, shared.dout, 64 * warpgroup, shared.v[ring_v.slot], false);
-    wgmma_commit();
-    wgmma_wait<0>();  // dP is there
-    pin(dp);
-    arrive(shared.v_free[ring_v.slot]);
-    ring_k.advance();
-    ring_v.advance();
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) dp[i] += delta[i / 2 % 2];
-    if (masked) mask_gradient(dp, s);
-    score_gradient(dp, s);
-    round_operand<Element>(ds16, dp);
-    pin(ds16);
-    pin(dq);
-    wgmma_begin();
-    gemm_gradient(dq, ds16, shared.k[slot]);
-    wgmma_commit();
-    if constexpr (!kLast) {
-      issue_scores(ring_k.slot, ring_k.parity);
-      wgmma_wait<1>();  // dQ is there: its K may go
-      arrive(shared.k_free[slot]);
-    }
-    wgmma_wait<0>();  // the next S is there
-  }
-
-  __device__ __forceinline__ void take_steps(Range keys) {
-    const Exponent exponent(p);
-    Ring<Traits::kStagesK> ring_k;
-    Ring<Traits::kStagesV> ring_v;
-    shared.q_full.wait(0);
-    issue_scores(0, 0);
-    wgmma_wait<0>();
-    shared.dout_full.wait(0);
-    int key = keys.begin / Traits::kBlockKV * Traits::kBlockKV;
-    for (; key + Traits::kBlockKV < keys.end; key += Traits::kBlockKV) {
-      take_step<false>(exponent, key, ring_k, ring_v);
-    }
-    take_step<true>(exponent, key, ring_k, ring_v);
-  }
-
-  __device__ __forceinline__ void store(const RowTile& tile) {
-    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);  // nobody reads these rows of Q any more
-    stage_gradient(shared.q, 64 * warpgroup, dq, p.scale);
-    named_sync(kWarpgroupDone + warpgroup, kWarpgroup);  // all four warps have staged
-    const Sequence again(p, tile.batch);  // cheaper than registers that live through the loop
-    auto* target = static_cast<Element*>(p.dq.data) + tile.batch * p.dq.batch +
-                   tile.head * p.dq.head + (again.row_q + first_row) * p.dq.row;
-    store_gradient(shared.q, 64 * warpgroup, target, p.dq.row, again.seqlen_q - first_row,
-                   p.head_dim);
-  }
-};
 
 template <class Traits>
 __device__ __forceinline__ void init_query_barriers(typename Traits::Shared& shared) {
@@ -266,7 +115,13 @@ __global__ __launch_bounds__(Traits::kThreads,
   self.load_statistics(scratch, tile);
   for (float& x : self.dq) x = 0.0f;
   pin(self.dq);
-  if (keys.begin < keys.end) self.take_steps(keys);
+  if (keys.begin < keys.end) {
+    if constexpr (Traits::kInTurn) {
+      self.take_steps_in_turn(keys);
+    } else {
+      self.take_steps(keys);
+    }
+  }
   pin(self.dq);
   self.store(tile);
 }

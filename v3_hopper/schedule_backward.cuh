@@ -120,4 +120,17 @@ struct RowSteps {
   }
 };
 
+// The query rows that one CTA owns; the longest loops are launched first.
+struct RowTile {
+  int batch, head, row;
+
+  __device__ __forceinline__ RowTile(const BackwardParams& p, const Scratch& scratch, int rows) {
+    const int blocks = (p.seqlen_q + rows - 1) / rows;
+    const HeadTile at(scratch, blockIdx.x, p.batch * p.heads_q, blocks);
+    row = rows * (p.window_right == kUnlimited ? at.tile : blocks - 1 - at.tile);
+    head = at.head % p.heads_q;
+    batch = at.head / p.heads_q;
+  }
+};
+
 }  // namespace flash::v3
