@@ -60,12 +60,14 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   auto& shared = self.shared;
   const int slot_q = ring.q.slot;
   const int slot_do = ring.dout.slot;
-  const int before = (ring.ds.slot + Traits::kStagesDS - 1) % Traits::kStagesDS;
-  find_score_gradient(self, r, ring.ds.slot);
+  const int slot_ds = ring.ds.slot;
+  const int before = (slot_ds + Traits::kStagesDS - 1) % Traits::kStagesDS;
+  find_score_gradient(self, r, slot_ds);
   ring.q.advance();
   ring.dout.advance();
   ring.ds.advance();
   if constexpr (kLast) {
+    store_score_gradient(self, r, slot_ds);
     fence_async_proxy();
     if (self.warpgroup == 1) named_arrive(kScoreGradientStored, self.kThreads);
   }
@@ -77,7 +79,8 @@ __device__ __forceinline__ void take_step(const KeyConsumer<Traits>& self, Fragm
   wgmma_commit();
   gemm_gradient(r.dk, r.ds16, shared.q[slot_q]);
   wgmma_commit();
-  wgmma_wait<Traits::kSoftcap ? 0 : 1>();  // dV is there
+  if constexpr (!kLast) store_score_gradient(self, r, slot_ds);  // beside the products
+  wgmma_wait<Traits::kSoftcap ? 0 : 1>();                        // dV is there
   pin(r.p16);
   self.arrive(shared.dout_free[slot_do]);
   if constexpr (!kLast) start_scores(self, r, ring.q);

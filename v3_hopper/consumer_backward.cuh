@@ -174,7 +174,7 @@ __device__ __forceinline__ void issue_dp(const KeyConsumer<Traits>& self, Fragme
   wgmma_commit();
 }
 
-// dP^T -> dS^T, which all keys' dQ reads from shared memory, once it is fenced.
+// dP^T -> dS^T.
 template <class Traits>
 __device__ __forceinline__ void find_score_gradient(const KeyConsumer<Traits>& self,
                                                     Fragments<Traits>& r, int slot) {
@@ -182,6 +182,12 @@ __device__ __forceinline__ void find_score_gradient(const KeyConsumer<Traits>& s
   score_gradient(r.dp, r.s);
   round_operand<typename Traits::Element>(r.ds16, r.dp);
   if (r.suspicious) self.shared.suspicious[slot] = 1;
+}
+
+// All keys' dQ reads dS from shared memory, once it is fenced.
+template <class Traits>
+__device__ __forceinline__ void store_score_gradient(const KeyConsumer<Traits>& self,
+                                                     const Fragments<Traits>& r, int slot) {
   const int warp = threadIdx.x / 32 % 4;
   store_fragment(shared_address(self.shared.ds[slot][self.key + 16 * warp]), 0, r.ds16);
 }
