@@ -172,6 +172,14 @@ struct NarrowConsumer {
     }
   }
 
+  // dS goes where the warpgroup of dQ reads it.
+  __device__ __forceinline__ void hand_over_ds(const Fragments& r, int at) const {
+    const int warp = threadIdx.x / 32 % 4;
+    store_fragment(shared_address(shared.ds[at][key + 16 * warp]), 0, r.ds16);
+    fence_async_proxy();
+    arrive_warp(shared.ds_full[at]);
+  }
+
   // One block of query rows, from P to dS; and, unless it is the last, S, dP and P of the next.
   template <bool kLast>
   __device__ __forceinline__ void take_step(Fragments& r, NarrowRings<Traits>& ring) const {
@@ -180,19 +188,16 @@ struct NarrowConsumer {
     ring.advance();
     find_score_gradient<kLast>(r, ring);
     round_operand<Element>(r.ds16, r.dp);
-    const int warp = threadIdx.x / 32 % 4;
-    store_fragment(shared_address(shared.ds[slot_ds][key + 16 * warp]), 0, r.ds16);
     if constexpr (!kLast && Traits::kTransposed) start_dp(r, ring);
-    if constexpr (!kLast && Traits::kTransposed) issue_scores(r, ring);
-    fence_async_proxy();  // its wait lies beside the scores
-    arrive_warp(shared.ds_full[slot_ds]);
-    if constexpr (!kLast && !Traits::kTransposed) issue_scores(r, ring);  // dQ takes longer
+    if constexpr (!Traits::kTransposed) hand_over_ds(r, slot_ds);  // dQ takes longer
+    if constexpr (!kLast) issue_scores(r, ring);
     pin(r.p16);
     pin(r.ds16);
     wgmma_begin();
     gemm_gradient(r.dv, r.p16, shared.dout[slot_rows]);
     gemm_gradient(r.dk, r.ds16, shared.q[slot_rows]);
     wgmma_commit();
+    if constexpr (Traits::kTransposed) hand_over_ds(r, slot_ds);  // beside the products
     if constexpr (!kLast && Traits::kTransposed) {
       issue_dp(r, ring);
       wgmma_wait<1>();  // S is there, and the gradients
