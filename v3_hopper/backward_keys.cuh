@@ -34,7 +34,8 @@ struct KeysTraits {
   static constexpr int kBlockKV = 64;
   static constexpr int kKeysPerWarpgroup = 0;       // both own all 64
   static constexpr int kColumnsDQ = kChunkColumns;  // K's chunks: dQ has a kernel of its own
-  // In turn dK is done just before the next turn begins: the next scores need a Q that came before.
+  // Products in turn, K and V in registers: 64 columns with both operands in shared memory take all
+  // of its bandwidth. dK is done just before the next turn then: the next scores need a third Q.
   static constexpr bool kInTurn = kHeadDim + kHeadDimV <= 384;
   static constexpr int kStagesQ = kInTurn ? 3 : 2;
   static constexpr int kStagesDO = 2;
@@ -85,6 +86,12 @@ struct ForDV {
   float dv[Traits::kHeadDimV / 2];  // (64 keys, dim)
   float s[kScores];                 // (64 keys, 64 rows)
   uint32_t p16[kScores / 2];
+  uint32_t k16[kInTurn ? Traits::kHeadDim / 4 : 1];  // K, the operand of all S
+
+  __device__ __forceinline__ void meet_keys() {
+    self.shared.k_full.wait(0);
+    if constexpr (kInTurn) load_operand(k16, self.shared.k);
+  }
 
   __device__ __forceinline__ void start_scores(const Steps& ring) {
     const int slot = ring.q().slot;
@@ -95,8 +102,12 @@ struct ForDV {
 
   __device__ __forceinline__ void issue_scores(const Steps& ring) {
     wgmma_begin();
-    gemm_scores<Traits::kHeadDim>(s, self.shared.k, 0, self.shared.q[ring.q().slot],
-                                  !Traits::kSoftcap);
+    const auto& q = self.shared.q[ring.q().slot];
+    if constexpr (kInTurn) {
+      gemm_scores(s, k16, q, !Traits::kSoftcap);
+    } else {
+      gemm_scores<Traits::kHeadDim>(s, self.shared.k, 0, q, !Traits::kSoftcap);
+    }
     wgmma_commit();
   }
 
@@ -165,6 +176,12 @@ struct ForDK {
   float dp[kScores];               // (64 keys, 64 rows)
   float p[kScores];                // P of the same rows
   uint32_t ds16[kScores / 2];
+  uint32_t v16[kInTurn ? Traits::kHeadDimV / 4 : 1];  // V, the operand of all dP
+
+  __device__ __forceinline__ void meet_keys() {
+    self.shared.v_full.wait(0);
+    if constexpr (kInTurn) load_operand(v16, self.shared.v);
+  }
 
   __device__ __forceinline__ void start_scores(const Steps& ring) {
     self.shared.dout_full[ring.slot].wait(ring.parity);
@@ -174,7 +191,12 @@ struct ForDK {
 
   __device__ __forceinline__ void issue_scores(const Steps& ring) {
     wgmma_begin();
-    gemm_scores<Traits::kHeadDimV>(dp, self.shared.v, 0, self.shared.dout[ring.slot], true);
+    const auto& dout = self.shared.dout[ring.slot];
+    if constexpr (kInTurn) {
+      gemm_scores(dp, v16, dout, true);
+    } else {
+      gemm_scores<Traits::kHeadDimV>(dp, self.shared.v, 0, dout, true);
+    }
     wgmma_commit();
   }
 
@@ -230,8 +252,7 @@ __device__ __forceinline__ void take_steps(Work& work, RowSteps step) {
   if (!step.valid()) return;
   const int steps = step.count();
   typename Work::Steps ring;
-  work.self.shared.k_full.wait(0);
-  work.self.shared.v_full.wait(0);
+  work.meet_keys();
   work.start_scores(ring);
   work.issue_scores(ring);
   if constexpr (Work::kTakesOver) work.take_over(0, 0);

@@ -28,6 +28,37 @@ __device__ __forceinline__ void gemm_scores(float (&d)[kRowsB / 2],
   }
 }
 
+// The first 64 rows of a tile as an operand in registers.
+template <class Element, int N, int kChunks, int kRows>
+__device__ __forceinline__ void load_operand(uint32_t (&r)[N],
+                                             const Element (&tile)[kChunks][kRows][kChunkColumns]) {
+  const int lane = threadIdx.x % 32;
+  const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int slab = 0; slab < N / 4; ++slab) {
+    const int piece = (slab % 4 * 2 + lane / 16) ^ row % 8;  // of 8 columns
+    const uint32_t address = shared_address(&tile[slab / 4][row][piece * 8]);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[4 * slab]), "=r"(r[4 * slab + 1]), "=r"(r[4 * slab + 2]),
+                   "=r"(r[4 * slab + 3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// Scores with the left operand in registers.
+template <class Element, int kSlabs, int kChunks, int kRowsB>
+__device__ __forceinline__ void gemm_scores(float (&d)[kRowsB / 2], const uint32_t (&a)[kSlabs],
+                                            const Element (&b)[kChunks][kRowsB][kChunkColumns],
+                                            bool accumulate) {
+  const uint64_t columns = descriptor_k(b[0]);
+#pragma unroll
+  for (int i = 0; i < kSlabs / 4; ++i) {
+    const int at = i / 4 * int(sizeof(b[0])) + i % 4 * kSlabBytes;
+    wgmma<kRowsB>::template rs<Element>(d, a + 4 * i, advance(columns, at), accumulate || i > 0);
+  }
+}
+
 // A gradient: D (64, dim) += A (64, kRows) from registers, B (kRows, dim).
 template <class Element, int N, int kSlabs, int kChunks, int kRows>
 __device__ __forceinline__ void gemm_gradient(float (&d)[N], const uint32_t (&a)[kSlabs],
