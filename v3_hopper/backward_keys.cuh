@@ -269,7 +269,7 @@ __global__ __launch_bounds__(Traits::kThreads,
                                                    const __grid_constant__ Scratch scratch) {
   extern __shared__ uint8_t memory[];
   auto& shared = *align_shared<typename Traits::Shared>(memory);
-  const KeyTile tile(p, scratch);
+  const auto tile = KeyTile::ordered(p, scratch, blockIdx.x);
   const Sequence sequence(p, tile.batch);
   const int key = tile.block * Traits::kBlockKV;
   if (key >= sequence.seqlen_k) return;

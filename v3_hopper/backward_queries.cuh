@@ -52,23 +52,30 @@ __device__ __forceinline__ void produce_keys(typename Traits::Shared& shared,
   const Range seen_rows = sequence.rows(0, sequence.seqlen_k);
   Ring<Traits::kStagesK> ring_k;
   Ring<Traits::kStagesV> ring_v;
-  self.load(shared.q, maps.q, rows, shared.q_full, Keep::kFirstOut, tile.row, seen_rows);
-  const int first = keys.begin / Traits::kBlockKV * Traits::kBlockKV;
-  for (int key = first; key < keys.end; key += Traits::kBlockKV) {
-    const Coordinate at{0, int(sequence.row_k) + key, tile.head / (p.heads_q / p.heads_kv),
-                        p.cu_seqlens_k == nullptr ? tile.batch : 0};
+  int head = tile.head / (p.heads_q / p.heads_kv);
+  int batch = p.cu_seqlens_k == nullptr ? tile.batch : 0;
+  asm volatile("" : "+r"(head), "+r"(batch));  // else every step finds them anew, and divides
+  auto at = [&](int key) { return Coordinate{0, int(sequence.row_k) + key, head, batch}; };
+  int key = keys.begin / Traits::kBlockKV * Traits::kBlockKV;
+  // All tiles of the first step are on their way before one of them is cleaned.
+  self.send(shared.q, maps.q, rows, shared.q_full, Keep::kFirstOut, tile.row, seen_rows);
+  self.send(shared.k[0], maps.k, at(key), shared.k_full[0], Keep::kLastOut, key, seen_keys);
+  self.send(shared.dout, maps.dout, rows, shared.dout_full, Keep::kFirstOut, tile.row, seen_rows);
+  self.send(shared.v[0], maps.v, at(key), shared.v_full[0], Keep::kLastOut, key, seen_keys);
+  self.land();  // maybe none
+  self.clean(shared.q, shared.q_full, tile.row, seen_rows);
+  self.clean(shared.k[0], shared.k_full[0], key, seen_keys);
+  self.clean(shared.dout, shared.dout_full, tile.row, seen_rows);
+  self.clean(shared.v[0], shared.v_full[0], key, seen_keys);
+  for (key += Traits::kBlockKV; key < keys.end; key += Traits::kBlockKV) {
+    ring_k.advance();
+    ring_v.advance();
     const int k = ring_k.slot;
     const int v = ring_v.slot;
     shared.k_free[k].wait(ring_k.parity ^ 1);
-    self.load(shared.k[k], maps.k, at, shared.k_full[k], Keep::kLastOut, key, seen_keys);
-    if (key == first) {
-      self.load(shared.dout, maps.dout, rows, shared.dout_full, Keep::kFirstOut, tile.row,
-                seen_rows);
-    }
+    self.load(shared.k[k], maps.k, at(key), shared.k_full[k], Keep::kLastOut, key, seen_keys);
     shared.v_free[v].wait(ring_v.parity ^ 1);
-    self.load(shared.v[v], maps.v, at, shared.v_full[v], Keep::kLastOut, key, seen_keys);
-    ring_k.advance();
-    ring_v.advance();
+    self.load(shared.v[v], maps.v, at(key), shared.v_full[v], Keep::kLastOut, key, seen_keys);
   }
 }
 

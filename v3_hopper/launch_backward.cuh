@@ -14,12 +14,13 @@
 namespace flash::v3 {
 
 inline constexpr int kLeastKeys = 64;  // of a tile of any kernel
+inline constexpr int kRowsOfDQ = 128;  // of a tile of the kernel that sums dQ alone
 
 // Bytes of scratch memory in the order of its parts, each 256-byte aligned.
 struct ScratchLayout {
   int64_t blocks, dq, stats;
   int64_t turns;  // behind them next tile and share, heads done
-  int64_t order;
+  int64_t order, order_rows;
 
   ScratchLayout(const Problem& p, int dim, bool varlen) {
     const int64_t uniform = p.batch * blocks_of(p.seqlen_q);
@@ -29,7 +30,8 @@ struct ScratchLayout {
     stats = p.heads_q * blocks * kGradientRows * int64_t(sizeof(float));
     const int64_t heads = int64_t(p.batch) * p.heads_kv;
     turns = ((p.heads_q * blocks * 2 + 2 + heads) * int64_t(sizeof(int)) + 255) / 256 * 256;
-    order = varlen ? (p.total_k / kLeastKeys + p.batch) * int64_t(sizeof(int2)) : 0;
+    order_rows = p.total_k / kLeastKeys + p.batch;
+    order = varlen ? (order_rows + p.total_q / kRowsOfDQ + p.batch) * int64_t(sizeof(int2)) : 0;
   }
   int64_t bytes() const { return dq + 2 * stats + turns + order; }
 };
@@ -82,7 +84,7 @@ inline Scratch make_scratch(const BackwardParams& p, int dim, int block_kv) {
   const bool alike = p.window_left == kUnlimited && p.window_right == kUnlimited;
   scratch.heads_at_once =
       heads_at_once(p, int64_t(p.batch) * p.heads_kv, scratch.tiles_per_head, alike);
-  scratch.order = nullptr;
+  scratch.order = scratch.order_rows = nullptr;
   scratch.zeroed = false;
   return scratch;
 }
@@ -94,6 +96,7 @@ inline void order_packed(Scratch& scratch, const BackwardParams& p, int dim) {
   if (!packed || p.seqlen_q == 0 || p.seqlen_k == 0) return;
   const ScratchLayout layout(p, dim, true);
   scratch.order = reinterpret_cast<int2*>(reinterpret_cast<char*>(scratch.turn) + layout.turns);
+  scratch.order_rows = scratch.order + layout.order_rows;
   scratch.tiles_per_head = int(std::min<int64_t>(int64_t(scratch.tiles_per_head) * p.batch,
                                                  p.total_k / scratch.block_kv + p.batch));
   scratch.tiles = scratch.tiles_per_head * p.heads_kv;
@@ -220,11 +223,17 @@ cudaError_t launch_wide(const BackwardParams& p) {
     status = make_backward_maps<Element>(queries_maps, p, Queries::kBlockQ, Queries::kBlockKV);
   }
   if (status != cudaSuccess) return status;
-  const Scratch scratch = make_scratch(p, 0, Keys::kBlockKV);
+  Scratch scratch = make_scratch(p, 0, Keys::kBlockKV);
+  order_packed(scratch, p, 0);
+  scratch.block_q = kRowsOfDQ;
+  static_assert(kRowsOfDQ == Queries::kBlockQ);
+  scratch.row_tiles = (p.seqlen_q + kRowsOfDQ - 1) / kRowsOfDQ * p.batch;
+  if (scratch.order != nullptr) {
+    scratch.row_tiles = int(std::min<int64_t>(scratch.row_tiles, p.total_q / kRowsOfDQ + p.batch));
+  }
   const dim3 rows = row_blocks(p);
-  const dim3 key_tiles(scratch.tiles_per_head * p.heads_kv * p.batch);
-  const dim3 row_tiles((p.seqlen_q + Queries::kBlockQ - 1) / Queries::kBlockQ * p.heads_q *
-                       p.batch);
+  const dim3 key_tiles(scratch.tiles);
+  const dim3 row_tiles(scratch.row_tiles * p.heads_q);
   if (rows.x > 0) {
     status = launch(prepare_rows<Element, Keys::kHeadDimV, false>, rows, kRowThreads, 0, p.stream,
                     p, scratch);

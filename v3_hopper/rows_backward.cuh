@@ -63,34 +63,42 @@ __device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// Finds the places of a sequence's key tiles among those of all, longest rows first.
-__device__ __forceinline__ void order_tiles(const BackwardParams& p, const Scratch& scratch,
-                                            int batch) {
+// The tiles of all packed sequences in one order: sequences with the longest loops first.
+struct TileOrder {
+  int2* order;
+  int places;        // of it, at least as many as there are tiles
+  const int* tiled;  // cu_seqlens of what is cut into tiles
+  const int* looped;
+  int block;        // rows of a tile
+  bool last_first;  // of a sequence's tiles
+};
+
+// Finds the places of a sequence's tiles.
+__device__ __forceinline__ void order_tiles(const TileOrder& to, int batch, int sequences) {
   __shared__ int before, all;
+  __syncthreads();
   if (threadIdx.x == 0) before = all = 0;
   __syncthreads();
-  auto rows_of = [&](int i) { return p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i]; };
-  auto tiles_of = [&](int i) {
-    return (p.cu_seqlens_k[i + 1] - p.cu_seqlens_k[i] + scratch.block_kv - 1) / scratch.block_kv;
-  };
-  const int rows = rows_of(batch);
+  auto length_of = [&](int i) { return to.looped[i + 1] - to.looped[i]; };
+  auto tiles_of = [&](int i) { return (to.tiled[i + 1] - to.tiled[i] + to.block - 1) / to.block; };
+  const int length = length_of(batch);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.batch; i += kRowThreads) {
-    const int other = rows_of(i);
+  for (int i = threadIdx.x; i < sequences; i += kRowThreads) {
+    const int other = length_of(i);
     const int tiles = tiles_of(i);
     atomicAdd(&all, tiles);
-    if (other > rows || (other == rows && i < batch)) atomicAdd(&before, tiles);
+    if (other > length || (other == length && i < batch)) atomicAdd(&before, tiles);
   }
   __syncthreads();
   const int tiles = tiles_of(batch);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tiles; i += kRowThreads) {
-    scratch.order[before + i] = {batch, KeyTile::last_first(p) ? tiles - 1 - i : i};
+    to.order[before + i] = {batch, to.last_first ? tiles - 1 - i : i};
   }
   if (batch > 0) return;
 #pragma unroll 1
-  for (int i = all + threadIdx.x; i < scratch.tiles_per_head; i += kRowThreads) {
-    scratch.order[i] = {0, 1 << 20};  // behind all keys
+  for (int i = all + threadIdx.x; i < to.places; i += kRowThreads) {
+    to.order[i] = {0, 1 << 20};  // behind all rows
   }
 }
 
@@ -110,8 +118,15 @@ __global__ __launch_bounds__(kRowThreads,
   if (kSumsDQ && block.row == 0 && block.head % group == 0 && threadIdx.x == 0) {
     scratch.done[block.batch * p.heads_kv + block.head / group] = 0;
   }
-  if (kSumsDQ && scratch.order != nullptr && block.row == 0 && block.head == 0) {
-    order_tiles(p, scratch, block.batch);
+  if (scratch.order != nullptr && block.row == 0 && block.head == 0) {
+    order_tiles({scratch.order, scratch.tiles_per_head, p.cu_seqlens_k, p.cu_seqlens_q,
+                 scratch.block_kv, KeyTile::last_first(p)},
+                block.batch, p.batch);
+    if constexpr (!kSumsDQ) {
+      order_tiles({scratch.order_rows, scratch.row_tiles, p.cu_seqlens_q, p.cu_seqlens_k,
+                   scratch.block_q, p.window_right != kUnlimited},
+                  block.batch, p.batch);
+    }
   }
   if (block.rows <= 0) return;
   const int lane = threadIdx.x % kLanes;

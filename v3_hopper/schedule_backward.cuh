@@ -18,9 +18,12 @@ struct Scratch {
   int* done;           // (batch, heads_kv): key tiles whose adds to dQ are done, by each adder
   bool zeroed;         // dQ is, beforehand: key tiles add to it in any order
   int2* order;         // packed: batch and key block of one head's tiles, longest first; or null
+  int2* order_rows;    // wide heads: besides, of dQ's tiles, those with most keys first
   int64_t blocks;      // per head, in all sequences
   int block_kv;        // keys of a tile
+  int block_q;         // rows of dQ's, where that has a kernel of its own
   int tiles_per_head;  // key blocks of the longest sequence; packed: at most, of all sequences
+  int row_tiles;       // of one head, packed: row blocks, at most, of all sequences
   int tiles;           // of all heads
   int shares;          // of dQ that CTAs behind the tiles round; 0: another kernel does
   int heads_at_once;   // heads whose tiles are launched together, longest first
@@ -125,6 +128,14 @@ struct RowTile {
   int batch, head, row;
 
   __device__ __forceinline__ RowTile(const BackwardParams& p, const Scratch& scratch, int rows) {
+    if (scratch.order != nullptr) {
+      const HeadTile at(scratch, blockIdx.x, p.heads_q, scratch.row_tiles);
+      const int2 found = scratch.order_rows[at.tile];
+      batch = found.x;
+      head = at.head;
+      row = rows * found.y;
+      return;
+    }
     const int blocks = (p.seqlen_q + rows - 1) / rows;
     const HeadTile at(scratch, blockIdx.x, p.batch * p.heads_q, blocks);
     row = rows * (p.window_right == kUnlimited ? at.tile : blocks - 1 - at.tile);
