@@ -60,6 +60,11 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
     ("v3_hopper/traits_backward.cuh", "kKeysRead = 2,", "kKeysRead = 2, kValuesRead = 15,"),
     _crosswise("kKeysRead", "kValuesRead", "    self.stage(shared.v,"),
     _crosswise("kValuesRead", "kKeysRead", "    self.stage(shared.k,"),
+    ("v3_hopper/fp8_load.cuh", "q_full[i][consumer].init(1);", "q_full[i][consumer].init(32);"),
+    ("v3_hopper/fp8_load.cuh", "      if (elect_one()) {\n        Barrier& full = shared.q_full",
+     "      const bool one = elect_one();\n"
+     "      if (!one) shared.q_full[slot][group].arrive();\n"
+     "      if (one) {\n        Barrier& full = shared.q_full"),
     ("v3_hopper/fp8_load.cuh", "work_empty[i].init(Traits", "work_empty[i].init(128 * Traits"),
     ("v3_hopper/fp8_pipe.cuh", "if (leader()) shared.work_empty", "shared.work_empty"),
     ("v3_hopper/fp8_load.cuh", "kConsumers * kGroupWarps", "kConsumers * kGroupThreads"),

@@ -65,7 +65,7 @@ struct Feeder {
     const Tile tile = schedule.next();
     load.shared.work_empty[slot.slot].wait(slot.parity ^ 1);
     Work& work = load.shared.work[slot.slot];
-    describe(work, load.args.p, tile);
+    describe<Traits>(work, load.args.p, tile);
     load.shared.work_full[slot.slot].arrive();
     slot.advance();
     ended = tile.head < 0;

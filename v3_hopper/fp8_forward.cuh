@@ -49,9 +49,8 @@ struct Consumer {
   __device__ __forceinline__ bool scores(const Work& work, int block, bool boundary, bool last) {
     Scores rS;
     pipe.wait_k();
-    const Course& course = shared.course[consumer];
-    if (Traits::kLean) last = block == course.last;
-    const float factor = (Traits::kLean ? course.to_log2 : to_log2) * pipe.scales().k;
+    if (Traits::kLean) last = block == shared.last_block[consumer];
+    const float factor = (Traits::kLean ? pipe.to_log2() : to_log2) * pipe.scales().k;
     const float v_ratio = pipe.scales().v_ratio;
     begin_scores(rS);
     soften(rS, work, block, boundary, last, factor, v_ratio);
@@ -161,12 +160,10 @@ struct Consumer {
   }
 
   // A new tile: nothing has been seen.
-  __device__ __forceinline__ void reset(const Work& work) {
-    const int row = min(work.row + group_row(), work.sequence.seqlen_q - 1);  // may have no rows
-    const float q_descale = descale_of(args.p.q_descale, work.index, row, work.head_kv);
-    to_log2 = args.p.scale * kLog2E * q_descale;
+  __device__ __forceinline__ void reset() {
     clear(rO);
     state = {{-INFINITY, -INFINITY}, {}, {}};
+    to_log2 = pipe.to_log2();
   }
 
   // The tile before is finished; where O passes through a slot of V, that is given back.
@@ -185,7 +182,7 @@ struct Consumer {
     pipe.wait_q();
     for (int i = at.above; i > 0; --i) skip();
     if (at.first == at.end) {
-      reset(work);
+      reset();
       pipe.release_q();
     }
     bool has_k = false;
@@ -195,7 +192,7 @@ struct Consumer {
       begin_scores(rS);
       if (block == at.end - 1) {
         const bool staged = done != nullptr && finish(*done);
-        reset(work);
+        reset();
         if (staged) pipe.release_o();
       }
       soften(rS, work, block, !unmasked.holds(block), block == at.first, to_log2 * pipe.scales().k,
@@ -229,20 +226,19 @@ struct Consumer {
       const Work& work = pipe.wait_work();
       if (work.head < 0) return;
       const int row = work.row + group_row();
-      const int scaled_row = min(row, work.sequence.seqlen_q - 1);  // a group may have no rows
-      const float q_descale = descale_of(args.p.q_descale, work.index, scaled_row, work.head_kv);
-      to_log2 = args.p.scale * kLog2E * q_descale;
       const Range blocks = key_blocks<Traits>(work), keys = work.sequence.keys(row, kGroupRows);
       const int above = max(keys.begin / Traits::kBlockKV, blocks.begin);
       const int first = Traits::kLean ? min(above, blocks.end) : above;
       const int end = max(ceil_div(keys.end, Traits::kBlockKV), first);
       const Range unmasked = unmasked_blocks<Traits>(work.sequence, row);
-      if (Traits::kLean && threadIdx.x % kGroupThreads == 0) {
-        shared.course[consumer] = {first, to_log2};
-      }
       clear(rO);
       state = {{-INFINITY, -INFINITY}, {}, {}};
       pipe.wait_q();
+      if (!Traits::kLean) {
+        to_log2 = pipe.to_log2();
+      } else if (threadIdx.x % kGroupThreads == 0) {
+        shared.last_block[consumer] = first;
+      }
       pipe.take_turn();
       for (int block = blocks.end - end; block > 0; --block) skip();
       if constexpr (Traits::kLean) {

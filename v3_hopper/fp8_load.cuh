@@ -19,7 +19,7 @@ __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
     }
   }
   for (int i = 0; i < Traits::kStages; ++i) {
-    shared.k_full[i].init(2);  // the copy and the scale
+    shared.k_full[i].init(1);
     shared.k_empty[i].init(Traits::kConsumers * kGroupWarps);
     shared.v_full[i].init(kTransposers + Traits::kKeysContiguous);  // and of the copy
     shared.v_empty[i].init(Traits::kConsumers);
@@ -31,7 +31,8 @@ __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   fence_barrier_init();
 }
 
-// What the loading warp carries through the whole kernel.
+// What the loading warp carries through the whole kernel. Its instructions are
+// few: the scheduler that issues them serves consumers, too.
 template <class Traits>
 struct Loader {
   const Arguments& args;
@@ -40,32 +41,32 @@ struct Loader {
 
   __device__ __forceinline__ void load_q(const Work& at) {
     const int slot = tile.template slot<Traits::kStagesQ>();
+    const int row = query_row(at, 0), head = at.head, batch = at.batch;
 #pragma unroll
     for (int group = 0; group < Traits::kConsumers; ++group) {
       shared.q_empty[slot][group].wait(tile.template parity<Traits::kStagesQ>() ^ 1);
-      if (threadIdx.x == 0) {
+      if (elect_one()) {
         Barrier& full = shared.q_full[slot][group];
         full.arrive_expect(Traits::kBytesQ);
-        load_rows<kGroupRows, Traits::kChunks>(shared.q[slot][group], args.q, query_row(at, group),
-                                               at.head, at.batch, full);
+        load_rows<kGroupRows, Traits::kChunks>(shared.q[slot][group], args.q,
+                                               row + group * kGroupRows, head, batch, full);
       }
     }
   }
 
+  // `first`: of the tile.
   __device__ __forceinline__ void load_k(const Work& at, int block, bool first) {
-    const int key = block * Traits::kBlockKV;
-    const float k_scale = descale_of(args.p.k_descale, at.index, key, at.head_kv);
-    const float v_scale = descale_of(args.p.v_descale, at.index, key, at.head_kv);
     const int slot = this->block.template slot<Traits::kStages>();
+    Barrier& full = shared.k_full[slot];
     shared.k_empty[slot].wait(this->block.template parity<Traits::kStages>() ^ 1);
-    if (threadIdx.x == 0) {
-      Barrier& full = shared.k_full[slot];
-      full.arrive_expect(Traits::kBytesK);
+    if (elect_one()) {
+      full.expect(Traits::kBytesK);
       load_block(shared.k[slot], at, block, full);
-      const float before =
-          first ? 1.0f : shared.scales[(this->block.passed - 1) % Traits::kStages].v;
-      const float ratio = isfinite(before) ? __fdividef(before, v_scale) : 0.0f;
-      shared.scales[slot] = {k_scale, v_scale, ratio + (v_scale - v_scale)};
+    }
+    const unsigned place = unsigned(block) % kScalesFetched;
+    if (first || place == kScalesFetched - 1) fetch_scales(at, block, first);
+    if (elect_one()) {
+      shared.scales[slot] = shared.fetched[place];
       full.arrive();
     }
   }
@@ -79,19 +80,21 @@ struct Loader {
   }
 
   __device__ __forceinline__ void load_raw(const Work& at, int block) {
-    const int key = block * Traits::kBlockKV, keys = at.sequence.seqlen_k - key;
-    const bool packed = args.p.cu_seqlens_k != nullptr;
-    const Care care = !needs_guard<Traits>(at, block, packed) ? Care::kNone
-                      : packed && keys < Traits::kBlockKV     ? Care::kClean
-                                                              : Care::kLook;
     const int slot = this->block.template slot<Traits::kStagesRaw>();
     shared.raw_empty[slot].wait(this->block.template parity<Traits::kStagesRaw>() ^ 1);
-    if (threadIdx.x == 0) {
+    if (elect_one()) {
       Barrier& full = shared.raw_full[slot];
       full.arrive_expect(Traits::kBytesRaw);
       load_rows<Traits::kBlockKV, Traits::kChunksV>(
           shared.raw[slot], args.v, key_row<Traits>(at, block), at.head_kv, at.batch, full);
-      shared.orders[slot] = {care, keys, tile.template slot<Traits::kWorkSlots>(), 0};
+      Order& order = shared.orders[slot];
+      order.care = Care::kNone;
+      if (!at.unguarded.holds(block)) {
+        const int keys = at.sequence.seqlen_k - block * Traits::kBlockKV;
+        const bool behind = args.p.cu_seqlens_k != nullptr && keys < Traits::kBlockKV;
+        order = {behind ? Care::kClean : Care::kLook, keys,
+                 tile.template slot<Traits::kWorkSlots>(), 0};
+      }
       full.arrive();
     }
     ++this->block.passed;
@@ -100,12 +103,12 @@ struct Loader {
   // V with contiguous keys goes to where it is used. It counts as full after the copy and one
   // arrival of each warp that looks for NaN; where none has to, this one arrives for them.
   __device__ __forceinline__ void load_columns(const Work& at, int block) {
-    const bool guarded = needs_guard<Traits>(at, block, false);
+    const bool guarded = !at.unguarded.holds(block);
     const int slot = this->block.template slot<Traits::kStages>();
     const int order = orders.template slot<Traits::kStagesRaw>();
     shared.v_empty[slot].wait(this->block.template parity<Traits::kStages>() ^ 1);
     if (guarded) shared.raw_empty[order].wait(orders.template parity<Traits::kStagesRaw>() ^ 1);
-    if (threadIdx.x == 0) {
+    if (elect_one()) {
       Barrier& full = guarded ? shared.raw_full[order] : shared.v_full[slot];
       full.arrive_expect(Traits::kHeadDimV * kChunkBytes);
       shared.v_full[slot].arrive(guarded ? 1 : kTransposers);
@@ -131,6 +134,28 @@ struct Loader {
   }
 
  private:
+  // A lane for each of the blocks from here on towards the first, down to a multiple of how many
+  // are fetched at a time; at the beginning of a tile also one for the rows of each consumer.
+  __device__ __forceinline__ void fetch_scales(const Work& at, int block, bool first) {
+    __syncwarp();  // the lane that has read those before, and kept the last
+    const int lane = threadIdx.x, mine = min(block - block % kScalesFetched + lane, block);
+    const int key = mine * Traits::kBlockKV;
+    const float k = descale_of(args.p.k_descale, at.index, key, at.head_kv);
+    const float v = descale_of(args.p.v_descale, at.index, key, at.head_kv);
+    if (first && lane < Traits::kConsumers) {
+      const int row = min(at.row + lane * kGroupRows, at.sequence.seqlen_q - 1);
+      const float q = descale_of(args.p.q_descale, at.index, row, at.head_kv);
+      shared.to_log2[tile.template slot<Traits::kWorkSlots>()][lane] = args.p.scale * kLog2E * q;
+    }
+    float before = __shfl_down_sync(~0u, v, 1);
+    if (mine == block) {
+      before = first ? 1.0f : shared.scales[(this->block.passed - 1) % Traits::kStages].v;
+    }
+    const float ratio = isfinite(before) ? __fdividef(before, v) : 0.0f;
+    if (lane < kScalesFetched) shared.fetched[lane] = {k, v, ratio + (v - v)};
+    __syncwarp();
+  }
+
   __device__ __forceinline__ void load_block(unsigned char* tile, const Work& at, int block,
                                              Barrier& full) const {
     if constexpr (Traits::kKeysContiguous) {
@@ -168,7 +193,7 @@ __device__ __forceinline__ void produce(const Arguments& args, typename Traits::
     const int slot = load.tile.template slot<Traits::kWorkSlots>();
     Work& work = shared.work[slot];
     shared.work_empty[slot].wait(load.tile.template parity<Traits::kWorkSlots>() ^ 1);
-    if (threadIdx.x == 0) describe(work, args.p, tile);
+    if (threadIdx.x == 0) describe<Traits>(work, args.p, tile);
     __syncwarp();
     if (tile.head >= 0 && is_empty<Traits>(work)) {
       store_nothing<Traits>(args.p, work);

@@ -34,6 +34,9 @@ struct Pipes {
   __device__ __forceinline__ void wait_q() const {
     shared.q_full[slot_q()][consumer].wait(tile.parity<Traits::kStagesQ>());
   }
+  __device__ __forceinline__ float to_log2() const {
+    return shared.to_log2[tile.slot<Traits::kWorkSlots>()][consumer];
+  }
   __device__ __forceinline__ unsigned char* tile_q() const { return shared.q[slot_q()][consumer]; }
   __device__ __forceinline__ void release_q() const {
     if (leader()) shared.q_empty[slot_q()][consumer].arrive();

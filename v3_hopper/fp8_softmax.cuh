@@ -7,7 +7,6 @@
 
 namespace flash::v3::fp8 {
 
-inline constexpr float kLog2E = 1.4426950408889634f;
 // P = 2^7 exp(S - reference), which e4m3 holds as long as a score exceeds its reference by no more
 // than the slack: 2^8.8 = 446 of 448.
 inline constexpr float kLiftLog2 = 7.0f, kSlackLog2 = 1.8f;

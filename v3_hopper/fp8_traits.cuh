@@ -10,6 +10,8 @@ namespace flash::v3::fp8 {
 // The producer's warps: the first one schedules and loads, the others transpose.
 inline constexpr int kTransposers = 3;
 
+inline constexpr float kLog2E = 1.4426950408889634f;
+
 // The sizes that were tuned, per head dims: consumers, K/V stages, stages of V as it comes, Q
 // stages, columns of P V that are computed at a time.
 template <int kHeadDim, int kHeadDimV>
@@ -43,13 +45,7 @@ enum class Care : int { kNone, kLook, kClean, kEnd };
 struct BlockScales {
   float k, v, v_ratio;
 };
-
-// What a lean consumer reads of its tile rather than keeps it: the block that it visits last, and
-// what takes Q K^T to logarithms, but for the scale of K.
-struct Course {
-  int last;
-  float to_log2;
-};
+inline constexpr int kScalesFetched = 16;  // blocks whose scales are fetched at a time
 
 // What the loading warp tells the transposing warps of a tile of V.
 struct Order {
@@ -113,16 +109,19 @@ struct Traits {
     alignas(1024) unsigned char raw[kStagesRaw][kBytesRaw];  // V (keys, dv)
     alignas(1024) unsigned char v[kStages][kBytesV];         // V (dv, keys), and the ones
     BlockScales scales[kStages];
-    float units[kConsumers];  // the last scale of V of a consumer's tile
+    BlockScales fetched[kScalesFetched];  // of the next blocks
+    float units[kConsumers];              // the last scale of V of a consumer's tile
     Order orders[kStagesRaw];
     Work work[kWorkSlots];
+    // What takes Q K^T to logarithms, but for the scale of K. It is there when Q is.
+    float to_log2[kWorkSlots][kConsumers];
     PackedWalk walk;
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
     Barrier q_full[kStagesQ][kConsumers], q_empty[kStagesQ][kConsumers];
     Barrier k_full[kStages], k_empty[kStages];
     Barrier raw_full[kStagesRaw], raw_empty[kStagesRaw];
     Barrier v_full[kStages], v_empty[kStages];
-    Course course[kLean ? kConsumers : 1];
+    int last_block[kConsumers];  // that a lean consumer visits: it has few registers
   };
 };
 
@@ -142,10 +141,12 @@ struct Counter {
   }
 };
 
+inline constexpr int kScaleRows = 128;  // that share one, where not all do
+
 // The factor of what is stored in a row of Q, K or V; `sequence` counts also packed sequences.
 __device__ __forceinline__ float descale_of(const Descale& d, int sequence, int row, int head) {
   if (d.data == nullptr) return 1.0f;
-  const int block = d.rows > 0 ? unsigned(row) / unsigned(d.rows) : 0;
+  const int block = d.rows > 0 ? row / kScaleRows : 0;
   return d.data[sequence * d.batch + block * d.block + head * d.head];
 }
 

@@ -76,7 +76,6 @@ template <class Traits>
 __device__ __forceinline__ void guard(const Arguments& args, typename Traits::Shared& shared) {
   const int guard = threadIdx.x / kWarp - kGuards;
   const bool leader = threadIdx.x % kWarp == 0;
-  const bool packed = args.p.cu_seqlens_k != nullptr;
   Ring<Traits::kWorkSlots> slot;
   Ring<Traits::kStages> v;
   uint32_t landed_parity = 0;  // bit s: parity of slot s, which flips only when it is used
@@ -86,7 +85,7 @@ __device__ __forceinline__ void guard(const Arguments& args, typename Traits::Sh
     if (work.head < 0) return;
     const Range blocks = key_blocks<Traits>(work);
     for (int block = blocks.end - 1; block >= blocks.begin; --block, v.advance()) {
-      if (!needs_guard<Traits>(work, block, packed)) continue;
+      if (work.unguarded.holds(block)) continue;
       shared.v_landed[v.slot].wait(landed_parity >> v.slot & 1);
       landed_parity ^= 1u << v.slot;
       const int key = block * Traits::kBlockKV, keys = work.sequence.seqlen_k - key;

@@ -124,6 +124,9 @@ cudaError_t launch_traits(const ForwardParams& p) {
   if (status != cudaSuccess) return status;
   const int64_t tiles = count_tiles<Traits>(p);
   if (tiles > (1 << 30)) return cudaErrorInvalidValue;  // tiles are counted in 32 bits
+  for (const Descale& d : {p.q_descale, p.k_descale, p.v_descale}) {
+    if (d.rows != 0 && d.rows != fp8::kScaleRows) return cudaErrorInvalidValue;
+  }
   const int sms = multiprocessors();
   const dim3 grid(tiles < sms ? int(tiles) : sms);
   return launch(forward_kernel_of<Traits>(), grid, Traits::kThreads,

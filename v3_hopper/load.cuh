@@ -25,14 +25,15 @@ struct Loader {
   Ring<Traits::kStages> k, v;
 
   __device__ __forceinline__ void load_q(const Work& at) {
+    const int row = query_row(at, 0), head = at.head, batch = at.batch;
 #pragma unroll
     for (int group = 0; group < Traits::kConsumers; ++group) {
       shared.q_empty[q.slot][group].wait(q.parity ^ 1);
-      if (threadIdx.x == 0) {
+      if (elect_one()) {
         Barrier& full = shared.q_full[q.slot][group];
         full.arrive_expect(Traits::kBytesQ);
         load_rows<kGroupRows, Traits::kChunks>(shared.q[q.slot][group], args.q,
-                                               query_row(at, group), at.head, at.batch, full);
+                                               row + group * kGroupRows, head, batch, full);
       }
     }
     q.advance();
@@ -40,7 +41,7 @@ struct Loader {
 
   __device__ __forceinline__ void load_k(const Work& at, int block) {
     shared.k_empty[k.slot].wait(k.parity ^ 1);
-    if (threadIdx.x == 0) {
+    if (elect_one()) {
       Barrier& full = shared.k_full[k.slot];
       full.arrive_expect(Traits::kBytesK);
       load_rows<Traits::kBlockKV, Traits::kChunks>(
@@ -53,8 +54,8 @@ struct Loader {
   // the producer arrives for them.
   __device__ __forceinline__ void load_v(const Work& at, int block) {
     shared.v_empty[v.slot].wait(v.parity ^ 1);
-    if (threadIdx.x == 0) {
-      const bool guarded = needs_guard<Traits>(at, block, args.p.cu_seqlens_k != nullptr);
+    const bool guarded = !at.unguarded.holds(block);
+    if (elect_one()) {
       Barrier& full = guarded ? shared.v_landed[v.slot] : shared.v_full[v.slot];
       full.arrive_expect(Traits::kBytesV);
       shared.v_full[v.slot].arrive(guarded ? 1 : kGuardWarps);
@@ -85,7 +86,7 @@ __device__ __forceinline__ void announce(const Arguments& args, typename Traits:
     const Tile tile = schedule.next();
     Work& work = shared.work[slot.slot];
     shared.work_empty[slot.slot].wait(slot.parity ^ 1);
-    if (threadIdx.x % kWarp == 0) describe(work, args.p, tile);
+    if (threadIdx.x % kWarp == 0) describe<Traits>(work, args.p, tile);
     __syncwarp();
     if (tile.head >= 0 && is_empty<Traits>(work)) {
       store_nothing<Traits>(args.p, work);

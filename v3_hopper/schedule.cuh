@@ -29,14 +29,14 @@ __device__ __forceinline__ Range unmasked_blocks(const Sequence& sequence, int r
   return {ceil_div(first_key, Traits::kBlockKV), end_key / Traits::kBlockKV};
 }
 
-// May this block of V hold rows that must not reach every query row of the tile? Then a guard looks
-// for NaN and Inf in it. Dense rows behind the last key need none: TMA fills them with zeros.
+// The blocks of V all of whose rows may reach every query row of the tile. In others a guard looks
+// for NaN and Inf. Dense rows behind the last key need none: TMA fills them with zeros.
 template <class Traits>
-__device__ __forceinline__ bool needs_guard(const Work& work, int block, bool packed) {
-  const int key = block * Traits::kBlockKV;
-  const int keys = min(Traits::kBlockKV, work.sequence.seqlen_k - key);
-  return !work.sequence.all_visible(work.row, Traits::kBlockQ, key, keys) ||
-         (packed && keys < Traits::kBlockKV);
+__device__ __forceinline__ Range unguarded_blocks(const Work& work, bool packed) {
+  const Range keys = work.sequence.common_keys(work.row, Traits::kBlockQ);
+  const bool to_the_last = !packed && keys.end == work.sequence.seqlen_k;
+  return {ceil_div(keys.begin, Traits::kBlockKV),
+          (keys.end + (to_the_last ? Traits::kBlockKV - 1 : 0)) / Traits::kBlockKV};
 }
 
 // A tile of the list: which sequence of the batch, which query head, from which row on.
@@ -45,6 +45,7 @@ struct Tile {
 };
 __device__ constexpr Tile kNoTile = {0, -1, 0};
 
+template <class Traits>
 __device__ __forceinline__ void describe(Work& work, const ForwardParams& p, const Tile& tile) {
   work.head = tile.head;
   work.row = tile.row;
@@ -53,6 +54,7 @@ __device__ __forceinline__ void describe(Work& work, const ForwardParams& p, con
   work.index = tile.sequence;
   work.batch = p.cu_seqlens_q ? 0 : tile.sequence;
   work.head_kv = unsigned(tile.head) / (unsigned(p.heads_q) / unsigned(p.heads_kv));
+  work.unguarded = unguarded_blocks<Traits>(work, p.cu_seqlens_k != nullptr);
   work.poisoned = 0;
 }
 

@@ -63,9 +63,7 @@ __device__ __forceinline__ void mask(float (&s)[Traits::kBlockKV / 2], const Seq
     const int end = columns_below(last + 1 - first_column);
 #pragma unroll
     for (int base = 0; base < Traits::kBlockKV / 4; base += 32) {  // one bit for each column
-      const uint32_t below_end = end <= base ? 0u : ~0u >> (32 - min(end - base, 32));
-      const uint32_t below_begin = begin <= base ? 0u : ~0u >> (32 - min(begin - base, 32));
-      const uint32_t visible = below_end & ~below_begin;
+      const uint32_t visible = lowest_bits(end - base) & ~lowest_bits(begin - base);
 #pragma unroll
       for (int bit = 0; bit < 32 && base + bit < Traits::kBlockKV / 4; ++bit) {
         float& score = s[(base + bit) / 2 * 4 + half * 2 + bit % 2];

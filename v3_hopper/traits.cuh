@@ -73,6 +73,7 @@ struct Work {
   int batch;          // of the tensors: 0 when packed
   int head, head_kv;  // head < 0: no more work
   int row;            // first query row, in its sequence
+  Range unguarded;    // blocks of V (see unguarded_blocks)
   int poisoned;       // a guard replaced NaN or Inf in V by zero
 };
 
