@@ -54,20 +54,24 @@ struct Loader {
     }
   }
 
-  // `first`: of the tile.
-  __device__ __forceinline__ void load_k(const Work& at, int block, bool first) {
+  __device__ __forceinline__ void load_k(const Work& at, int block) {
     const int slot = this->block.template slot<Traits::kStages>();
-    Barrier& full = shared.k_full[slot];
     shared.k_empty[slot].wait(this->block.template parity<Traits::kStages>() ^ 1);
     if (elect_one()) {
+      Barrier& full = shared.k_full[slot];
       full.expect(Traits::kBytesK);
       load_block(shared.k[slot], at, block, full);
     }
+  }
+
+  // K counts as full with its scales. `first`: of the tile.
+  __device__ __forceinline__ void load_scales(const Work& at, int block, bool first) {
+    const int slot = this->block.template slot<Traits::kStages>();
     const unsigned place = unsigned(block) % kScalesFetched;
     if (first || place == kScalesFetched - 1) fetch_scales(at, block, first);
     if (elect_one()) {
       shared.scales[slot] = shared.fetched[place];
-      full.arrive();
+      shared.k_full[slot].arrive();
     }
   }
 
@@ -97,7 +101,6 @@ struct Loader {
       }
       full.arrive();
     }
-    ++this->block.passed;
   }
 
   // V with contiguous keys goes to where it is used. It counts as full after the copy and one
@@ -118,7 +121,6 @@ struct Loader {
         full.arrive();
       }
     }
-    ++this->block.passed;
     orders.passed += guarded;
   }
 
@@ -203,12 +205,20 @@ __device__ __forceinline__ void produce(const Arguments& args, typename Traits::
     if (threadIdx.x == 0) shared.work_full[slot].arrive();
     if (tile.head < 0) return load.end();
     const Range blocks = key_blocks<Traits>(work);
-    load.load_k(work, blocks.end - 1, true);
-    if constexpr (!Traits::kStagesO) load.load_q(work);
-    load.load_v(work, blocks.end - 1);
-    if constexpr (Traits::kStagesO) load.load_q(work);  // its slot is the last to be free
-    for (int j = blocks.end - 2; j >= blocks.begin; --j) {
-      load.load_k(work, j, false);
+    load.load_k(work, blocks.end - 1);
+    if constexpr (!Traits::kStagesO) {
+      load.load_scales(work, blocks.end - 1, true);
+      load.load_q(work);
+      load.load_v(work, blocks.end - 1);
+    } else {
+      load.load_v(work, blocks.end - 1);
+      load.load_q(work);  // its slot is the last to be free
+      load.load_scales(work, blocks.end - 1, true);
+    }
+    ++load.block.passed;
+    for (int j = blocks.end - 2; j >= blocks.begin; --j, ++load.block.passed) {
+      load.load_k(work, j);
+      load.load_scales(work, j, false);
       load.load_v(work, j);
     }
     __syncwarp();

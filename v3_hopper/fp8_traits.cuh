@@ -113,7 +113,7 @@ struct Traits {
     float units[kConsumers];              // the last scale of V of a consumer's tile
     Order orders[kStagesRaw];
     Work work[kWorkSlots];
-    // What takes Q K^T to logarithms, but for the scale of K. It is there when Q is.
+    // What takes Q K^T to logarithms, but for the scale of K. It is there when Q and a K are.
     float to_log2[kWorkSlots][kConsumers];
     PackedWalk walk;
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
