@@ -63,27 +63,26 @@ __device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// The tiles of all packed sequences in one order: sequences with the longest loops first.
-struct TileOrder {
-  int2* order;
-  int places;        // of it, at least as many as there are tiles
-  const int* tiled;  // cu_seqlens of what is cut into tiles
-  const int* looped;
-  int block;        // rows of a tile
-  bool last_first;  // of a sequence's tiles
-};
-
-// Finds the places of a sequence's tiles.
-__device__ __forceinline__ void order_tiles(const TileOrder& to, int batch, int sequences) {
+// Finds the places of a packed sequence's tiles, of keys or of rows, among those of all: sequences
+// with the longest loops first.
+template <bool kOfRows>
+__device__ __forceinline__ void order_tiles(const BackwardParams& p, const Scratch& scratch,
+                                            int batch) {
   __shared__ int before, all;
-  __syncthreads();
   if (threadIdx.x == 0) before = all = 0;
   __syncthreads();
-  auto length_of = [&](int i) { return to.looped[i + 1] - to.looped[i]; };
-  auto tiles_of = [&](int i) { return (to.tiled[i + 1] - to.tiled[i] + to.block - 1) / to.block; };
+  auto length_of = [&](int i) {
+    return kOfRows ? p.cu_seqlens_k[i + 1] - p.cu_seqlens_k[i]
+                   : p.cu_seqlens_q[i + 1] - p.cu_seqlens_q[i];
+  };
+  auto block_of = [&] { return kOfRows ? scratch.block_q : scratch.block_kv; };
+  auto tiles_of = [&](int i) {
+    const int* first = kOfRows ? p.cu_seqlens_q + i : p.cu_seqlens_k + i;
+    return (first[1] - first[0] + block_of() - 1) / block_of();
+  };
   const int length = length_of(batch);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < sequences; i += kRowThreads) {
+  for (int i = threadIdx.x; i < p.batch; i += kRowThreads) {
     const int other = length_of(i);
     const int tiles = tiles_of(i);
     atomicAdd(&all, tiles);
@@ -93,12 +92,15 @@ __device__ __forceinline__ void order_tiles(const TileOrder& to, int batch, int 
   const int tiles = tiles_of(batch);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tiles; i += kRowThreads) {
-    to.order[before + i] = {batch, to.last_first ? tiles - 1 - i : i};
+    const bool last_first = kOfRows ? p.window_right != kUnlimited : KeyTile::last_first(p);
+    (kOfRows ? scratch.order_rows : scratch.order)[before + i] = {batch,
+                                                                  last_first ? tiles - 1 - i : i};
   }
   if (batch > 0) return;
 #pragma unroll 1
-  for (int i = all + threadIdx.x; i < to.places; i += kRowThreads) {
-    to.order[i] = {0, 1 << 20};  // behind all rows
+  for (int i = all + threadIdx.x; i < (kOfRows ? scratch.row_tiles : scratch.tiles_per_head);
+       i += kRowThreads) {
+    (kOfRows ? scratch.order_rows : scratch.order)[i] = {0, 1 << 20};  // behind all rows
   }
 }
 
@@ -119,14 +121,8 @@ __global__ __launch_bounds__(kRowThreads,
     scratch.done[block.batch * p.heads_kv + block.head / group] = 0;
   }
   if (scratch.order != nullptr && block.row == 0 && block.head == 0) {
-    order_tiles({scratch.order, scratch.tiles_per_head, p.cu_seqlens_k, p.cu_seqlens_q,
-                 scratch.block_kv, KeyTile::last_first(p)},
-                block.batch, p.batch);
-    if constexpr (!kSumsDQ) {
-      order_tiles({scratch.order_rows, scratch.row_tiles, p.cu_seqlens_q, p.cu_seqlens_k,
-                   scratch.block_q, p.window_right != kUnlimited},
-                  block.batch, p.batch);
-    }
+    order_tiles<false>(p, scratch, block.batch);
+    if constexpr (!kSumsDQ) order_tiles<true>(p, scratch, block.batch);
   }
   if (block.rows <= 0) return;
   const int lane = threadIdx.x % kLanes;

@@ -18,15 +18,16 @@ struct Scratch {
   int* done;           // (batch, heads_kv): key tiles whose adds to dQ are done, by each adder
   bool zeroed;         // dQ is, beforehand: key tiles add to it in any order
   int2* order;         // packed: batch and key block of one head's tiles, longest first; or null
-  int2* order_rows;    // wide heads: besides, of dQ's tiles, those with most keys first
   int64_t blocks;      // per head, in all sequences
   int block_kv;        // keys of a tile
-  int block_q;         // rows of dQ's, where that has a kernel of its own
   int tiles_per_head;  // key blocks of the longest sequence; packed: at most, of all sequences
-  int row_tiles;       // of one head, packed: row blocks, at most, of all sequences
   int tiles;           // of all heads
   int shares;          // of dQ that CTAs behind the tiles round; 0: another kernel does
   int heads_at_once;   // heads whose tiles are launched together, longest first
+  // Of dQ, where it has a kernel of its own:
+  int block_q;       // rows of a tile
+  int row_tiles;     // packed: of one head, row blocks, at most, of all sequences
+  int2* order_rows;  // packed: batch and row block of these, those with most keys first
 };
 
 inline __host__ __device__ int64_t blocks_of(int64_t rows) {
