@@ -23,8 +23,8 @@ CAPABILITY = Capability(
         ("backward", 64, 64): Tile(64, 128, 3, 512),
         ("backward", 96, 96): Tile(64, 128, 3, 512),
         ("backward", 128, 128): Tile(64, 128, 3, 384),
-        ("backward", 192, 128): Tile(64, 64, 2, 384),
-        ("backward", 192, 192): Tile(64, 64, 2, 384),
+        ("backward", 192, 128): Tile(64, 64, 3, 384),
+        ("backward", 192, 192): Tile(64, 64, 3, 384),
         ("backward", 256, 256): Tile(64, 64, 2, 384),
     },
     long_tiles={
