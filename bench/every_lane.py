@@ -65,7 +65,7 @@ EVERY_LANE = Variant("v3", "v3_hopper", "arrivals of one lane for its warp", (
      "      const bool one = elect_one();\n"
      "      if (!one) shared.q_full[slot][group].arrive();\n"
      "      if (one) {\n        Barrier& full = shared.q_full"),
-    ("v3_hopper/fp8_load.cuh", "k_full[i].init(1);", "k_full[i].init(32);"),
+    ("v3_hopper/fp8_load.cuh", "shared.k_full[i].init(1);", "shared.k_full[i].init(32);"),
     ("v3_hopper/fp8_load.cuh", "      shared.k_full[slot].arrive();\n    }\n",
      "    }\n    shared.k_full[slot].arrive();\n"),
     ("v3_hopper/fp8_load.cuh", "work_empty[i].init(Traits", "work_empty[i].init(128 * Traits"),
