@@ -144,6 +144,7 @@ struct Consumer {
 
   // Returns whether O is still on its way through shared memory.
   __device__ __forceinline__ bool finish(const Work& work) {
+    if (!Traits::kTakesTurns) pipe.sync();  // no turn has ordered the units, which one thread keeps
     float lse[2];
     normalize<Traits>(rO, state, lse, pipe.units());
     const bool staged = Traits::kStagesO && span(work).stages_o(consumer);
