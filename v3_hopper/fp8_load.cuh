@@ -31,8 +31,8 @@ __device__ __forceinline__ void init_pipes(typename Traits::Shared& shared) {
   fence_barrier_init();
 }
 
-// What the loading warp carries through the whole kernel. Its instructions are
-// few: the scheduler that issues them serves consumers, too.
+// What the loading warp carries through the whole kernel. Its instructions are to be few, for the
+// scheduler that issues them serves consumers, too.
 template <class Traits>
 struct Loader {
   const Arguments& args;
