@@ -129,6 +129,15 @@ struct RowConsumer {
     wgmma_commit();
   }
 
+  // dS, as an operand, from dP and P.
+  __device__ __forceinline__ void find_gradient(bool masked) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) dp[i] += delta[i / 2 % 2];
+    if (masked) mask_gradient(dp, s);
+    score_gradient(dp, s);
+    round_operand<Element>(ds16, dp);
+  }
+
   // P and dS of a key block, S and dP of which are being computed.
   __device__ __forceinline__ void meet_keys(const Exponent& exponent, int key, int slot_k,
                                             const Ring<Traits::kStagesV>& ring_v) {
@@ -144,11 +153,7 @@ struct RowConsumer {
     wgmma_wait<0>();  // dP is there
     pin(dp);
     arrive(shared.v_free[ring_v.slot]);
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) dp[i] += delta[i / 2 % 2];
-    if (masked) mask_gradient(dp, s);
-    score_gradient(dp, s);
-    round_operand<Element>(ds16, dp);
+    find_gradient(masked);
   }
 
   // All products between two dS in one turn, dQ of these keys first: the arithmetic of one
@@ -217,11 +222,7 @@ struct RowConsumer {
     arrive(shared.v_free[ring_v.slot]);
     ring_k.advance();
     ring_v.advance();
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) dp[i] += delta[i / 2 % 2];
-    if (masked) mask_gradient(dp, s);
-    score_gradient(dp, s);
-    round_operand<Element>(ds16, dp);
+    find_gradient(masked);
     pin(ds16);
     pin(dq);
     wgmma_begin();
