@@ -169,7 +169,7 @@ def main() -> int:
     parser.add_argument("--tool", choices=TOOLS, action="append")
     parser.add_argument("--only", default="", help="kernels whose name holds this, as 'bf16:64'")
     parser.add_argument("--workers", type=int, default=8, help="processes at a time")
-    parser.add_argument("--shares", type=int, default=1, help="processes a part, one a kernel at most")
+    parser.add_argument("--shares", type=int, default=1, help="processes of a part")
     parser.add_argument("--seconds", type=float, default=300, help="for one process")
     parser.add_argument("--place", type=Path, help="where builds of their own are, or go")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
