@@ -15,7 +15,6 @@ from flash import cli_app
 from flash.flops import forward_flops
 from flash.study import accuracy, cases, competitors, files, measure, modelled, ratios
 from flash.study.cases import Case
-from flash.study.timing import HostStopwatch, summary
 
 TINY = ["--shape", "1,64,2,64", "--device", "cpu", "--budget-ms", "1"]
 PLAIN = Case("forward", "bfloat16", 2, 128, 4, 64)
@@ -177,21 +176,6 @@ def test_bad_usage_is_2_and_no_traceback(arguments: list[str]) -> None:
     assert result.exit_code == 2
     assert "Traceback" not in result.output
     assert result.stdout == ""
-
-
-def test_summary_of_rounds() -> None:
-    found = summary([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]], {"clock_mhz": 5})
-    assert (found.median, found.rounds, found.calls) == (3.0, [2.0, 4.0], 6)
-    assert found.as_dict()["clock_mhz"] == 5
-
-
-def test_a_race_meets_everybody_in_every_round() -> None:
-    seen: list[str] = []
-    calls = {name: lambda name=name: seen.append(name) for name in ("a", "b")}
-    found = HostStopwatch().race(calls, total_ms=0.01, rounds=3, warm_ms=0)
-    assert found.keys() == {"a", "b"}
-    order = "".join(dict.fromkeys(seen[:2])) + "".join(seen[2:])
-    assert order.count("ab") >= 3
 
 
 # --- compare
