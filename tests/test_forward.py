@@ -62,6 +62,15 @@ def test_into_a_given_output(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", versions())
+def test_into_a_given_output_with_heads_first(version: str) -> None:
+    q, k, v = (torch.randn(2, 3, rows, 64, device=DEVICE).bfloat16() for rows in (5, 7, 7))
+    wanted = flash.attention(q, k, v, layout="bhsd", backend=version)
+    for out in (torch.empty_like(q), torch.empty(2, 5, 3, 64).to(q).transpose(1, 2)):
+        assert flash.attention(q, k, v, layout="bhsd", backend=version, out=out) is out
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("version", versions())
 def test_same_bits_every_time(version: str) -> None:
     case = Case(200, 200, causal=True)
     given = draw(case)

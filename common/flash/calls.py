@@ -164,9 +164,7 @@ def check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, ready: Ready) -> Ten
 
         hint = "call it under torch.no_grad(), or without out"
         raise wrong_value("out", "a tensor", "None when a gradient is wanted", hint)
-    shape = (*q.shape[:-1], v.shape[-1])
-    if ready.swap:
-        shape = (shape[0], shape[2], shape[1], shape[3])
+    shape = (*q.shape[:-1], v.shape[-1])  # q as the caller has it
     check_output("out", out, shape, q, out_dtype(q), (q, k, v))
     return out.transpose(1, 2) if ready.swap else out
 
