@@ -67,6 +67,19 @@ def test_remembered_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(memory.kept) <= 8
 
 
+def test_a_window_may_be_a_list() -> None:
+    q = torch.randn(1, 8, 2, 16)
+    lengths = torch.tensor([0, 3, 8], dtype=torch.int32)
+    assert torch.equal(
+        flash.attention(q, q, q, window=[2, 0]), flash.attention(q, q, q, window=(2, 0))
+    )
+    packed = (q[0], q[0], q[0], lengths, lengths)
+    assert torch.equal(
+        flash.attention_varlen(*packed, window=[2, 0]),
+        flash.attention_varlen(*packed, window=(2, 0)),
+    )
+
+
 def test_memory_holds_no_tensor() -> None:
     q = torch.randn(1, 8, 2, 16)
     flash.attention(q, q, q)

@@ -34,11 +34,14 @@ def key_of(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Key | None:
 def recall(key: Key) -> Any:
     try:
         return kept.get(key)
-    except TypeError:  # an option that has no hash: the checks will say what it must be
+    except TypeError:  # an option that has no hash: the checks will say whether it is one
         return None
 
 
 def keep(key: Key, ready: Any) -> None:
     if len(kept) >= MAX_KEPT:
         kept.clear()
-    kept[key] = ready
+    try:
+        kept[key] = ready
+    except TypeError:  # a window that is a list is checked each time
+        return
