@@ -11,6 +11,7 @@ from fp8_inputs import GRANULARITIES, inputs
 from grid import DEVICE, Case, dense
 from torch import Tensor
 
+import flash
 from flash.quantize import (
     E4M3,
     E4M3_MAX,
@@ -209,10 +210,37 @@ def test_no_rows(rows: int) -> None:
     assert found.q_descale.shape == (2, 1, 2)
 
 
-@pytest.mark.parametrize("wrong", [{"granularity": "row"}, {"block_q": 0}, {"block_kv": -1}])
-def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        quantize_fp8(*inputs(10, 64), **wrong)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"granularity": "row"}, {"block_q": 0}, {"block_kv": -1}, {"hadamard": "no"}, {"axis": 1},
+     {"block_q": 64.0}, {"q": [1.0]}, {"q": torch.ones(2, 10, 2, 64, dtype=torch.int32)},
+     {"k": torch.randn(2, 10, 3, 64)}, {"v": torch.randn(2, 9, 2, 64)}, {"q": torch.randn(10, 64)},
+     {"v": torch.randn(2, 10, 2, 64).to(E4M3)}],
+    ids=lambda wrong: next(iter(wrong)),
+)  # fmt: skip
+def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
+    given = {name: torch.randn(2, 10, 2, 64) for name in "qkv"}
+    with pytest.raises(flash.FlashError, match=next(iter(wrong))):
+        quantize_fp8(**{**given, **wrong})
+
+
+def test_a_gradient_is_not_dropped() -> None:
+    given = [torch.randn(2, 10, 2, 64, requires_grad=True) for _ in range(3)]
+    with pytest.raises(ValueError, match="requires_grad"):
+        quantize_fp8(*given)
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in quantize_fp8(*given))
+
+
+@pytest.mark.parametrize("argument", ["block_q", "block_kv"])
+def test_no_other_block_passes_for_one_of_128_rows(argument: str) -> None:
+    """Attention goes by the number of blocks: two of 100 rows are not two of 128."""
+    given = [torch.randn(1, 200, 2, 64) for _ in range(3)]
+    with pytest.raises(ValueError, match=argument):
+        quantize_fp8(*given, **{argument: 100})
+    many = quantize_fp8(*given, **{argument: 64})
+    with pytest.raises(ValueError, match="descale"):
+        flash.attention(**many._asdict())
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)

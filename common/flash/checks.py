@@ -114,16 +114,10 @@ def check_heads(heads_q: int, heads_k: int, heads_v: int) -> None:
         raise wrong_value("q heads", heads_q, f"a multiple of the {heads_k} heads of k", hint)
 
 
-def check_inputs(q: Any, k: Any, v: Any, layout: str) -> None:
-    """q, k and v of one call; layout is bshd, bhsd or packed."""
-    named = (("q", q), ("k", k), ("v", v))
-    for name, x in named:
-        check_kind(name, x)
-        check_dtype(name, x)
-    check_same("k", k, "q", q)
-    check_same("v", v, "q", q)
+def check_sizes(q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
+    """Dimensions that fit one another."""
     axes = AXES[layout]
-    for name, x in named:
+    for name, x in (("q", q), ("k", k), ("v", v)):
         _check_dims(name, x, axes, layout)
     seq, heads = axes.index("total" if layout == "packed" else "seq"), axes.index("heads")
     if layout != "packed":
@@ -133,6 +127,18 @@ def check_inputs(q: Any, k: Any, v: Any, layout: str) -> None:
     _match("sequence", ("k", "v"), (k.shape[seq], v.shape[seq]), "every key needs one value")
     check_heads(q.shape[heads], k.shape[heads], v.shape[heads])
     _match("head dim", ("q", "k"), (q.shape[-1], k.shape[-1]), "Q K^T needs equal head dims")
+
+
+def check_inputs(q: Any, k: Any, v: Any, layout: str) -> None:
+    """q, k and v of one call; layout is bshd, bhsd or packed."""
+    named = (("q", q), ("k", k), ("v", v))
+    for name, x in named:
+        check_kind(name, x)
+        check_dtype(name, x)
+    check_same("k", k, "q", q)
+    check_same("v", v, "q", q)
+    check_sizes(q, k, v, layout)
+    axes = AXES[layout]
     check_head_dim("q", q.shape[-1])
     check_head_dim("v", v.shape[-1])
     for name, x in named:

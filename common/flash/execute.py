@@ -84,10 +84,10 @@ def quantized(
 ) -> tuple[Tensor, Tensor, Tensor, Descale]:
     """16-bit tensors as e4m3, one scale per block of rows and K/V head; Q and K are rotated."""
     from flash.checks_more import BLOCK
-    from flash.quantize import quantize_fp8, quantize_packed
+    from flash.quantize import quantize_dense, quantize_packed
 
     if varlen is None:
-        found = quantize_fp8(q, k, v, granularity="block")
+        found = quantize_dense(q, k, v, "block", True, BLOCK, BLOCK)
     else:
         found = quantize_packed(q, k, v, varlen, True, BLOCK)
     rows = [0 if s.shape[1] == 1 else BLOCK for s in (found.q_descale, found.k_descale)]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash.checks import KEY_STEP
+from flash.checks import KEY_STEP, check_device, check_dtype, check_kind, check_sizes
+from flash.checks_more import BLOCK
 from flash.engines import quantizer
 from flash.engines.quantizer import Task
+from flash.errors import unsupported, wrong_type, wrong_value
+from flash.options import choice, flag, refuse_unknown
 from flash.spec import Varlen
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 GRANULARITIES = ("block", "head", "tensor")
+ARGUMENTS = ("q", "k", "v", "granularity", "hadamard", "block_q", "block_kv")
 SPREAD_ROWS, SPREAD_SHARE = 8, 0.125
 
 
@@ -33,8 +37,8 @@ class QuantizedQKV(NamedTuple):
 
 
 def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
-                 hadamard: bool = True, *, block_q: int = 128,
-                 block_kv: int = 128) -> QuantizedQKV:  # fmt: skip
+                 hadamard: bool = True, *, block_q: int = BLOCK, block_kv: int = BLOCK,
+                 **unknown: Any) -> QuantizedQKV:  # fmt: skip
     """Quantize for `flash.attention(..., q_descale=, k_descale=, v_descale=)`.
 
     "block": one scale for each K/V head and block of rows (of Q: over the query heads that share
@@ -43,12 +47,46 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
     head dim that is no power of two in parts: 192 as three of 64, 96 as three of 32.
     V is rounded so that the errors of a column cancel over its rows; Q and K to the nearest. Where
     `seqlen` is a multiple of 16, V's memory is (batch, heads, head_dim, seqlen), which is how the
-    product wants it; with `v.contiguous()` the kernel turns it on chip.
+    product wants it; with `v.contiguous()` the kernel turns it on chip. Blocks of other than 128
+    rows are for the schedules alone: `flash.attention` has no argument that would tell it.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity={granularity!r}; known: {', '.join(GRANULARITIES)}")
-    if min(block_q, block_kv) < 1:
-        raise ValueError(f"block_q={block_q}, block_kv={block_kv}; both must be positive")
+    refuse_unknown("quantize_fp8", unknown, ARGUMENTS)
+    choice("granularity", granularity, GRANULARITIES)
+    flag("hadamard", hadamard)
+    _check_tensors(q, k, v)
+    for name, block, x in (("block_q", block_q, q), ("block_kv", block_kv, k)):
+        _check_block(name, block, x.shape[1] if granularity == "block" else 0)
+    return quantize_dense(q, k, v, granularity, hadamard, block_q, block_kv)
+
+
+def _check_tensors(q: Any, k: Any, v: Any) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_kind(name, x)
+        check_dtype(name, x)
+        check_device(name, x, "q", q)
+        if x.dtype == E4M3:
+            hint = "it is stored already: give its scale to flash.attention"
+            raise unsupported(f"{name}.dtype", x.dtype, "a wider dtype", hint)
+        if x.requires_grad and torch.is_grad_enabled():
+            hint = "detach it, or call flash.attention with precision='fp8', which has a gradient"
+            raise wrong_value(f"{name}.requires_grad", True, "False", hint)
+    check_sizes(q, k, v, "bshd")
+
+
+def _check_block(name: str, block: Any, rows: int) -> None:
+    """No other block may look like one of 128 rows: attention goes by the number of blocks."""
+    if isinstance(block, bool) or not isinstance(block, int):
+        raise wrong_type(name, block, "an int")
+    if block < 1:
+        raise wrong_value(name, block, "at least 1")
+    if block != BLOCK and 1 < -(-rows // block) == -(-rows // BLOCK):
+        hint = f"its scales would be taken for those of {BLOCK} rows each"
+        raise wrong_value(name, block, f"{BLOCK} for {rows} rows", hint)
+
+
+def quantize_dense(q: Tensor, k: Tensor, v: Tensor, granularity: str, hadamard: bool,
+                   block_q: int, block_kv: int) -> QuantizedQKV:  # fmt: skip
+    """The same of checked arguments."""
     heads_kv = k.shape[2]
     tasks = [Task(q, block_q, heads_kv, hadamard), Task(k, block_kv, heads_kv, hadamard),
              Task(v, block_kv, heads_kv, False, True, keys_first=_turns(v, block_kv))]  # fmt: skip
