@@ -42,7 +42,7 @@ def support() -> str:
     ]
     note = (
         "Head dims are those compiled; any multiple of 8 up to the largest is padded on chip, not "
-        "of float8. `torch` and `reference` take every dtype and head dim on every device."
+        "of float8. `torch` and `reference` take all of these and float64, on every device."
     )
     return "\n".join([markdown(columns, rows), "", note, "", *features])
 
