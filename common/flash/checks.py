@@ -90,10 +90,13 @@ def _check_dims(name: str, x: Tensor, axes: tuple[str, ...], layout: str) -> Non
 
 def check_head_dim(name: str, dim: int) -> None:
     if dim < HEAD_DIM_STEP or dim > MAX_HEAD_DIM or dim % HEAD_DIM_STEP:
-        up = min(MAX_HEAD_DIM, max(1, -(-dim // HEAD_DIM_STEP)) * HEAD_DIM_STEP)
+        up = max(1, -(-dim // HEAD_DIM_STEP)) * HEAD_DIM_STEP
+        hint = f"pad with torch.nn.functional.pad, e.g. to {up}, and pass scale"
+        if dim > MAX_HEAD_DIM:
+            hint = "use torch's scaled_dot_product_attention, or more heads of fewer dims"
         text = (
             f"{name} has head dim {dim}; supported are multiples of {HEAD_DIM_STEP} up to "
-            f"{MAX_HEAD_DIM}; pad with torch.nn.functional.pad, e.g. to {up}, and pass scale"
+            f"{MAX_HEAD_DIM}; {hint}"
         )
         raise UnsupportedError(text, argument=name, given=dim, expected=HEAD_DIM_STEP)
 
