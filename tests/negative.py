@@ -35,11 +35,12 @@ OPTIONS: dict[str, tuple[tuple[Any, type[Exception]], ...]] = {
     "scale": (
         (float("nan"), ValueError), (float("inf"), ValueError), (-float("inf"), ValueError),
         ("1", TypeError), (True, TypeError), (torch.tensor(1.0), TypeError), (1j, TypeError),
-        (Decimal(1), TypeError), ([1.0], TypeError), (10**400, ValueError),
+        (Decimal(1), TypeError), ([1.0], TypeError), (10**400, ValueError), (1e300, ValueError),
     ),
     "softcap": (
         (-1.0, ValueError), (float("nan"), ValueError), (float("inf"), ValueError),
-        (None, TypeError), ("a", TypeError), (True, TypeError), (torch.tensor(1.0), TypeError),
+        (1e300, ValueError), (1e-50, ValueError), (None, TypeError), ("a", TypeError),
+        (True, TypeError), (torch.tensor(1.0), TypeError),
     ),
     "deterministic": ((1, TypeError), (None, TypeError), ("yes", TypeError)),
     "return_lse": ((1, TypeError), (None, TypeError), ("no", TypeError)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import negative
@@ -10,6 +12,7 @@ import torch
 from negative import ENTRIES, Entry, Spoiled
 
 import flash
+from flash import options
 
 CASES = [
     case
@@ -66,3 +69,24 @@ def test_unknown_name_tells_the_right_one(entry: Entry, wrong: str) -> None:
     assert found.argument == wrong
     if negative.UNKNOWN[wrong] in entry.options:
         assert negative.UNKNOWN[wrong] in str(found)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.unknown], ids=lambda e: e.name)
+@pytest.mark.parametrize("wrong", options.OTHER_NAMES)
+def test_no_name_is_told_that_does_not_exist(entry: Entry, wrong: str) -> None:
+    found = raises_well(entry, {**entry.make(torch.device("cpu")), wrong: 1}, TypeError)
+    known = inspect.signature(entry.function).parameters
+    told = re.search(r"it is called '(\w+)'|did you mean '(\w+)'", str(found))
+    assert told is None or (told[1] or told[2]) in known
+
+
+def test_the_packed_call_has_no_layout() -> None:
+    q, ends = torch.randn(4, 2, 16), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"unknown argument 'layout' .*; it takes q, k, v"):
+        flash.attention_varlen(q, q, q, ends, ends, layout="bshd")
+
+
+def test_a_head_dim_too_large_is_not_to_be_padded() -> None:
+    q = torch.randn(1, 4, 1, 264)
+    with pytest.raises(flash.UnsupportedError, match="up to 256; use torch's"):
+        flash.attention(q, q, q, backend="reference")

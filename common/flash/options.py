@@ -15,6 +15,7 @@ from flash.errors import ArgumentTypeError, UnsupportedError, unsupported, wrong
 from flash.spec import Spec
 
 _LARGEST = sys.float_info.max
+_FLOAT32 = torch.finfo(torch.float32)  # the kernels' numbers
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom-right", "top-left")
 OTHER_NAMES = {
@@ -63,9 +64,13 @@ def refuse_unknown(function: str, unknown: dict[str, Any], known: tuple[str, ...
     if name in NEVER:
         text = f"flash.{function} does not take {name!r}: {NEVER[name]}"
         raise ArgumentTypeError(text, argument=name, given=given, expected=known)
-    close = get_close_matches(name, known, n=1)
-    meant = OTHER_NAMES.get(name, close[0] if close else "")
-    hint = f"it is called {meant!r} here" if meant else f"it takes {', '.join(known)}"
+    meant = OTHER_NAMES.get(name, "")
+    if meant in known:
+        hint = f"it is called {meant!r} here"
+    else:
+        close = get_close_matches(name, known, n=1, cutoff=0.75)
+        meant = close[0] if close else ""
+        hint = f"did you mean {meant!r}?" if meant else f"it takes {', '.join(known)}"
     text = f"unknown argument {name!r} of flash.{function}; {hint}"
     raise ArgumentTypeError(text, argument=name, given=given, expected=meant or known)
 
@@ -145,6 +150,11 @@ def make_spec(
     cap = real("softcap", softcap)
     if cap < 0:
         raise wrong_value("softcap", softcap, ">= 0", "0 switches it off")
+    if cap and not _FLOAT32.tiny <= cap <= _FLOAT32.max:
+        expected = f"0 or between {_FLOAT32.tiny:.2g} and {_FLOAT32.max:.2g}, as float32 holds it"
+        raise wrong_value("softcap", softcap, expected, "0 switches it off")
+    if scale is not None and not -_FLOAT32.max <= factor <= _FLOAT32.max:
+        raise wrong_value("scale", scale, f"at most {_FLOAT32.max:.2g}, as float32 holds it")
     repeats = flag("deterministic", deterministic) or torch.are_deterministic_algorithms_enabled()
     return Spec(factor, cap, left, right, top_left, repeats)
 
