@@ -49,7 +49,8 @@ def merge(
     out = torch.zeros_like(parts[0][0], dtype=wide)
     for (part, _), weight in zip(parts, weights.unbind(0), strict=True):
         share = _beside(weight / total, part, layout)
-        out = out + torch.where(share > 0, part.to(wide) * share, 0.0)
+        held = torch.where(share > 0, part.to(wide), 0.0)  # before the product, for its gradient
+        out = out + held * share
     return out.to(parts[0][0].dtype), lse
 
 
