@@ -122,6 +122,18 @@ def test_errors_are_torchs(door: Door) -> None:
         door("v9").__enter__()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_torchs() -> None:
+    given = torch.nested.nested_tensor([torch.randn(2, rows, 16) for rows in (3, 5)])
+    expected = sdpa(given, given, given)
+    with flash.as_sdpa("v1"):
+        found = sdpa(given, given, given)
+    for a, b in zip(found.unbind(), expected.unbind(), strict=True):
+        assert torch.equal(a, b)
+    assert served_by() == "torch"
+    assert "nested" in str(flash.last_dispatch())
+
+
 def test_excluded_by_sdpa_kernel() -> None:
     given = draw(heads=4)
     with flash.as_sdpa("v1"), sdpa_kernel(SDPBackend.MATH):

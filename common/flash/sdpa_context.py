@@ -74,6 +74,9 @@ class as_sdpa(TorchFunctionMode):
         if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
             record_torch(q, v, self.backend, f"the query is a {type(q).__name__}, no plain tensor")
             return False
+        if q.is_nested or k.is_nested or v.is_nested:
+            record_torch(q, v, self.backend, "the tensors are nested")
+            return False
         if not _flash_enabled():
             record_torch(q, v, self.backend, "flash attention is switched off in torch")
             return False

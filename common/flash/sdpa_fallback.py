@@ -19,9 +19,17 @@ def record_torch(q: Any, v: Any, backend: str, why: Any, direction: str = "forwa
     """last_dispatch() is PyTorch's, with `why` against the backend, or those of an error."""
     if not isinstance(q, torch.Tensor) or not isinstance(v, torch.Tensor) or not q.ndim * v.ndim:
         return
-    request = Request(q.dtype, int(q.shape[-1]), int(v.shape[-1]), direction, backend)
+    request = Request(q.dtype, _last_dim(q), _last_dim(v), direction, backend)
     text = str(why).splitlines()[0]
     names = VERSIONS if backend == "auto" else (backend,)
     given = getattr(why, "reasons", None) or dict.fromkeys(names, (text,))
     reasons = {name: against for name, against in given.items() if name != "torch"}
     record(Decision(request, arch_of(q.device), "torch", "sdpa", reasons))
+
+
+def _last_dim(x: torch.Tensor) -> int:
+    """0 where a nested tensor has no one size."""
+    try:
+        return int(x.size(-1))
+    except RuntimeError:
+        return 0
