@@ -14,6 +14,7 @@ from flash.analysis import (
     DEVICES,
     H100,
     Shape,
+    Visits,
     evaluate,
     hbm_bytes,
     paper_tile,
@@ -22,7 +23,7 @@ from flash.analysis import (
     standard_steps,
 )
 from flash.spec import Spec
-from flash.tiles import Tile
+from flash.tiles import Band, Tile, blocks
 
 MB = 1 << 20
 
@@ -126,3 +127,25 @@ def test_forward_keeps_o_lse_and_its_state(version: str) -> None:
 def test_closed_forms_reach_no_builtins(name: str) -> None:
     with pytest.raises(NameError):
         evaluate(name, {})
+
+
+@pytest.mark.parametrize("side", [None, 0, 1, 9, 40])
+@pytest.mark.parametrize(("rows", "keys"), [(0, 5), (5, 0), (1, 50), (50, 1), (33, 47), (47, 33)])
+def test_visits_are_those_of_a_loop_over_pairs(rows: int, keys: int, side: int | None) -> None:
+    for left, right, top_left in ((side, None, True), (None, side, False), (side, 3, False)):
+        band = Band(Spec(1.0, 0.0, left, right, top_left), rows, keys)
+        for tile in (Tile(1, 1), Tile(8, 5), Tile(7, 64)):
+            pairs = [
+                (i, j)
+                for i in blocks(band.every_row(), tile.q, rows)
+                for j in blocks(band.keys(i), tile.kv, keys)
+            ]
+            met = [sum(x.size for x in set(side)) for side in zip(*pairs, strict=True)] or [0, 0]
+            expected = (sum(i.size for i, _ in pairs), sum(j.size for _, j in pairs), *met)
+            assert Visits.of(band, tile) == expected
+
+
+def test_visits_of_a_million_rows() -> None:
+    """No loop over pairs: flash.explain and flash.compare ask for this of every backend."""
+    visits = Visits.of(Band(Spec(1.0), 1 << 20, 1 << 20), Tile(128, 128))
+    assert visits == (1 << 33, 1 << 33, 1 << 20, 1 << 20)

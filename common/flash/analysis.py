@@ -102,14 +102,19 @@ class Visits(NamedTuple):
 
     @classmethod
     def of(cls, band: Band, tile: Tile) -> Visits:
-        met_q: dict[int, int] = {}
-        met_kv: dict[int, int] = {}
-        row_sum = key_sum = 0
+        row_sum = key_sum = met_rows = met_keys = reached = 0
         for rows in blocks(band.every_row(), tile.q, band.seqlen_q):
-            for keys in blocks(band.keys(rows), tile.kv, band.seqlen_k):
-                row_sum, key_sum = row_sum + rows.size, key_sum + keys.size
-                met_q[rows.begin], met_kv[keys.begin] = rows.size, keys.size
-        return cls(row_sum, key_sum, sum(met_q.values()), sum(met_kv.values()))
+            seen = band.keys(rows)
+            if seen.size == 0:
+                continue
+            begin = seen.begin // tile.kv * tile.kv
+            many = -(-(seen.end - begin) // tile.kv)
+            end = min(begin + many * tile.kv, band.seqlen_k)
+            row_sum, key_sum = row_sum + many * rows.size, key_sum + end - begin
+            # both ends of a band only move on, from one block of rows to the next
+            met_rows, met_keys = met_rows + rows.size, met_keys + max(0, end - max(begin, reached))
+            reached = max(reached, end)
+        return cls(row_sum, key_sum, met_rows, met_keys)
 
 
 Forms = dict[tuple[str, str], str]  # (tensor, "read" or "write") -> bytes
