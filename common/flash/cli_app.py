@@ -131,6 +131,8 @@ def explain(
     import flash
 
     batch, seqlen, heads, dim = numbers("--q", q, 4)
+    if min(batch, seqlen, heads, dim) < 0:
+        raise fail(f"--q takes sizes of at least 0, got {q!r}")
     rows = seqlen if seqlen_k is None else seqlen_k
     shapes = [(batch, seqlen, heads, dim), *((batch, rows, kv_heads or heads, d)
               for d in (dim, head_dim_v or dim))]  # fmt: skip

@@ -26,18 +26,21 @@ def shapes(
     rare: dict[str, int | None],
 ) -> list[Case]:  # fmt: skip
     """The cases of --shape and of the options that describe it."""
+    if not given and (causal or window or softcap or seqlens or any(rare.values())):
+        raise fail("no --shape for the options that describe one; a --preset has its own")
     found = []
     for text in given:
         batch, seqlen, heads, dim = numbers("--shape", text, 4)
-        if min(batch, seqlen, heads, dim) < 1:
-            raise fail(f"--shape wants sizes of at least 1, got {text!r}")
-        lengths = [seqlen] if seqlens is None else numbers_of("--seqlen", seqlens)
-        for length in lengths:
+        for length in [seqlen] if seqlens is None else numbers_of("--seqlen", seqlens):
+            if min(batch, length, heads, dim) < 1:
+                raise fail(f"--shape and --seqlen want sizes of at least 1, got {text!r}, {length}")
             case = Case("forward", "bfloat16", batch, length, heads, dim, causal, softcap=softcap,
                         window=None if window is None else (sides(window)[0], sides(window)[1]),
                         **rare)  # fmt: skip
-            if case.heads % case.kv_heads:
-                raise fail(f"--heads-kv {case.kv_heads} does not divide {case.heads} heads")
+            try:
+                case.check()
+            except FlashError as error:
+                raise fail(error) from error
             found.append(case)
     return found
 

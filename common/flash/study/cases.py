@@ -74,6 +74,17 @@ class Case:
             given["softcap"] = self.softcap
         return given
 
+    def check(self) -> None:
+        """Raises what `flash.attention` would raise for any backend."""
+        import torch
+
+        from flash.explain import explain
+
+        rows, keys = (self.seqlen, self.heads), (self.keys, self.kv_heads)
+        shapes = ((*rows, self.head_dim), (*keys, self.head_dim), (*keys, self.dim_v))
+        inputs = (torch.empty(self.batch, *shape, device="meta") for shape in shapes)
+        explain(*inputs, **self.options)
+
     def key(self) -> dict[str, Any]:
         """What makes a row of a result file this case; defaults of rare options are left out."""
         common = {"direction": self.direction, "dtype": self.dtype, "head_dim": self.head_dim,
