@@ -144,3 +144,22 @@ def test_committed_pictures_show_the_data() -> None:
     assert not names, f"stale: {names}; run `python -m bench.plots`"
     for folder in evidence.folders():
         assert evidence.pictures(folder)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["report", "{}"], ["trace", "{}"], ["trace", "missing.json"], ["compare", "{}", "{}"],
+     ["bench", "--backend", "v1", "--limits", "{}"],
+     ["bench", "--backend", "v1", "--limits", "missing.json"]],
+    ids=" ".join,
+)  # fmt: skip
+@pytest.mark.parametrize("text", ["# a page", "[1]", '{"environment": 1'])
+def test_what_is_no_result_file_is_bad_usage(
+    arguments: list[str], text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    found = CliRunner().invoke(cli_app.app, [word.format(path) for word in arguments])
+    assert found.exit_code == 2
+    assert "Traceback" not in found.output
+    assert found.stdout == ""

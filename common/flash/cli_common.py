@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -45,6 +46,17 @@ def progress() -> Console:
 def fail(error: Exception | str) -> typer.Exit:
     progress().print(f"flash: {error}", style="red", highlight=False, markup=False)
     return typer.Exit(USAGE_ERROR)
+
+
+def load(path: Path, part: str, hint: str) -> dict[str, Any]:
+    """A result file that holds this part."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise fail(f"{path} is no result file: {error}; {hint}") from error
+    if not isinstance(content, dict) or not content.get(part):
+        raise fail(f"{path} is no result file: it has no {part} ({hint})")
+    return content
 
 
 def chosen_device(asked: str) -> str:

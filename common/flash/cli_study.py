@@ -12,7 +12,18 @@ from rich.console import Group
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from flash import cli_tables as tables
-from flash.cli_common import AsJson, Dtype, chosen_device, fail, numbers, progress, say, sides
+from flash.cli_common import (
+    AsJson,
+    Dtype,
+    chosen_device,
+    fail,
+    load,
+    numbers,
+    progress,
+    say,
+    say_json,
+    sides,
+)
 from flash.errors import FlashError
 from flash.study import files
 from flash.study.cases import DIRECTIONS, PRESETS, Case, expand
@@ -114,9 +125,11 @@ def bench(
     shown = tables.bench_columns(columns)
     if isinstance(shown, str):
         raise fail(shown)
+    hint = "python -m bench.limits in a clone on a GPU writes one"
+    peaks = [] if limits is None else load(limits, "limits", hint)["limits"]
     content, whole = race(wanted, chosen_backends(backend, where), where, budget_ms, sustained, out)
-    if limits is not None:
-        add_shares(content, limits)
+    if peaks:
+        add_shares(content, peaks)
         if out is not None:
             files.write(out, content)
     if csv is not None:
@@ -128,11 +141,11 @@ def bench(
     raise typer.Exit(0 if whole else INTERRUPTED)
 
 
-def add_shares(content: Row, limits: Path) -> None:
+def add_shares(content: Row, limits: list[Row]) -> None:
     """Each rate as a share of what its instructions give at most here."""
     from flash.study.sources import Source
 
-    source = Source("here", parts={"limits": files.read(limits).get("limits", [])})
+    source = Source("here", parts={"limits": limits})
     for row in content["rows"]:
         share = source.share(row) if row["ran"] != "schedule" else None
         if share is not None:
@@ -170,16 +183,6 @@ def race(
     return content, True
 
 
-def load(path: Path) -> Row:
-    try:
-        content = files.read(path)
-    except (ValueError, OSError) as error:
-        raise fail(f"{path} is no result file: {error}") from error
-    if not isinstance(content, dict) or "rows" not in content:
-        raise fail(f"{path} is no result file: it has no rows (flash bench --out writes one)")
-    return content
-
-
 def compare(
     before: Annotated[Path | None, typer.Argument(help="a result file")] = None,
     after: Annotated[Path | None, typer.Argument(help="the file to hold against it")] = None,
@@ -196,7 +199,6 @@ def compare(
 
     With --fp8 no files: every way to quantize beside bf16, against fp64 of the same inputs.
     """
-    from flash.cli_common import say_json
     from flash.study import modelled, ratios
 
     if fp8:
@@ -206,9 +208,10 @@ def compare(
         return
     if before is None or (after is None) == (model is None):
         raise fail("compare takes two result files, or one and --model GPU")
-    first = load(before)
+    hint = "flash bench --out writes one"
+    first = load(before, "rows", hint)
     if after is not None:
-        second = load(after)
+        second = load(after, "rows", hint)
     else:
         try:
             second = modelled.content(first, str(model))
@@ -225,7 +228,6 @@ def compare(
 
 
 def say_accuracy(head_dim: int, seqlens: list[int], as_json: bool) -> None:
-    from flash.cli_common import say_json
     from flash.study import accuracy
 
     if min(seqlens) < 1:
@@ -262,7 +264,10 @@ def report(
     for path in given:
         if not path.exists():
             raise fail(f"no results at {path}; flash bench --out FILE makes some")
-    sources = page.collect(given)
+    try:
+        sources = page.collect(given)
+    except ValueError as error:
+        raise fail(f"a file of {', '.join(map(str, given))} is no result file: {error}") from error
     if not sources:
         raise fail(f"no rows in {', '.join(map(str, given))}")
     written = page.write(sources, out, plots)
@@ -279,11 +284,8 @@ def trace(
     """One CTA of v3's forward kernel: who did what when. Measured by `python -m bench.trace`."""
     from flash.study import timeline
 
-    if not results.is_file():
-        raise fail(f"no file {results}; python -m bench.trace in a clone on a GPU makes one")
-    rows = files.read(results).get("timeline")
-    if not rows:
-        raise fail(f"{results} holds no timeline")
+    hint = "python -m bench.trace in a clone on a GPU writes one"
+    rows = load(results, "timeline", hint)["timeline"]
     if perfetto is not None:
         timeline.write_perfetto(rows, perfetto)
     if picture is not None:
