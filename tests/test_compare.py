@@ -75,3 +75,14 @@ def test_float8_inputs() -> None:
 def test_a_backend_can_be_named_twice() -> None:
     found = flash.compare(*draw(), backends=["torch", "torch"], repeats=1)
     assert len(found.rows) == 1
+
+
+def test_what_was_not_compared_is_not_there(found: Comparison) -> None:
+    some = Comparison(found.device, found.rows[:1])
+    with pytest.raises(ValueError, match=f"one of those compared: {found.rows[0].backend}"):
+        some["reference"]
+
+
+def test_tensors_without_values_are_not_compared() -> None:
+    with pytest.raises(ValueError, match=r"q\.device"):
+        flash.compare(*(x.to("meta") for x in draw()))

@@ -48,7 +48,11 @@ class Comparison:
 
     def __getitem__(self, backend: str) -> Measured:
         name = backend_name(backend)
-        return next(row for row in self.rows if row.backend == name)
+        found = [row for row in self.rows if row.backend == name]
+        if not found:
+            there = ", ".join(row.backend for row in self.rows)
+            raise wrong_value("backend", backend, f"one of those compared: {there}")
+        return found[0]
 
     def as_dict(self) -> dict[str, Any]:
         return {"device": self.device, "rows": [asdict(row) for row in self.rows]}
@@ -105,6 +109,9 @@ def compare(
     for argument, x in (("q", q), ("k", k), ("v", v)):
         check_kind(argument, x)
         check_dtype(argument, x)
+        if x.device.type == "meta":
+            hint = "flash.explain needs none"
+            raise wrong_value(f"{argument}.device", "meta", "one whose tensors have values", hint)
     with torch.no_grad():
         exact = _exact(q, k, v, options)
         rows = tuple(_measure(name, (q, k, v), exact, options, repeats) for name in names)
