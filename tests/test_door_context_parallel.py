@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from door_pages import run_example
 
+import flash
 from flash.context_parallel.ring import step_of
-from flash.context_parallel.shards import rows_of
+from flash.context_parallel.shards import ends_of, rows_of
 
 WORKER = Path(__file__).parent / "context_worker.py"
 BARS = {"torch.float64": 1e-12, "torch.float32": 1e-5, "torch.bfloat16": 2e-2}
@@ -88,6 +90,12 @@ def test_steps_cover_the_triangle_once_and_evenly(rings: int) -> None:
             work.append(block.tril().sum() if step.causal else block.sum())
         assert int(sum(work)) == seqlen * (seqlen + 1) // 2 // rings
     assert torch.equal(seen, torch.ones_like(seen).tril())
+
+
+@pytest.mark.parametrize("ends", [None, 3, [0, 1.5], torch.tensor(3), torch.tensor([0.0, 2.0])])
+def test_ends_are_ints(ends: Any) -> None:
+    with pytest.raises((flash.ArgumentTypeError, flash.ArgumentValueError), match="cu_seqlens"):
+        ends_of(ends)
 
 
 def test_page() -> None:

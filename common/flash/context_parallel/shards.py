@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flash.errors import wrong_value
+from flash.errors import wrong_type, wrong_value
 
 Group = dist.ProcessGroup | None
 
@@ -39,7 +39,11 @@ def rows_of(seqlen: int, ring: tuple[int, int], ulysses: tuple[int, int]) -> Ten
 
 def ends_of(cu_seqlens: Any) -> tuple[int, ...]:
     """Cumulative lengths on the host; a tensor of a GPU is waited for."""
+    if not isinstance(cu_seqlens, (Tensor, list, tuple)):
+        raise wrong_type("cu_seqlens", cu_seqlens, "a list or a tensor of ints")
     ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    if isinstance(ends, int) or not all(type(end) is int for end in ends):
+        raise wrong_value("cu_seqlens", ends, "ints, one for each end")
     if not ends or ends[0] != 0 or any(a > b for a, b in pairwise(ends)):
         raise wrong_value("cu_seqlens", ends[:8], "0, then the end of every sequence")
     return tuple(ends)
