@@ -149,6 +149,17 @@ def test_head_dims_off_the_step_are_padded() -> None:
     assert lse.shape == (2, 10)
 
 
+def test_padding_does_not_make_head_dims_equal() -> None:
+    q, k, ends = draw(1, 3, 2, 12), draw(1, 3, 2, 14), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="k head dim must be that of q, 12"):
+        door.flash_attn_func(q, k, k)
+    with pytest.raises(ValueError, match="k head dim must be that of q, 12"):
+        door.flash_attn_varlen_func(q[0], k[0], k[0], ends, ends, 3, 3)
+    wrong: Any = [1.0]
+    with pytest.raises(TypeError, match="k must be"):
+        door.flash_attn_func(q, wrong, k)
+
+
 def test_third_generation_by_keyword() -> None:
     qkv = torch.randn(2, 6, 8, 16)
     q, k, v = qkv.split((4, 2, 2), dim=2)
@@ -200,6 +211,10 @@ def test_cache_and_packing_errors() -> None:
         door.flash_attn_qkvpacked_func(torch.ones(2, 5, 2, 4, 16))
     with pytest.raises(ValueError, match=r"qkv\.shape"):
         door.flash_attn_qkvpacked_func(torch.ones(2, 5, 9, 16), num_heads_q=4)
+    with pytest.raises(ValueError, match=r"qkv\.shape"):
+        door.flash_attn_qkvpacked_func(torch.ones(2, 5, 8, 16), num_heads_q=-2)
+    with pytest.raises(TypeError, match="it takes softmax_scale"):
+        door.flash_attn_func(*(torch.ones(2, 5, 2, 16),) * 3, factor=1.0)
     wrong: Any = [1.0]
     with pytest.raises(TypeError, match="kv must be"):
         door.flash_attn_kvpacked_func(torch.ones(2, 5, 2, 16), wrong)

@@ -25,6 +25,10 @@ INERT = {
     "mask_mod": ((None,), "use causal and window_size, or torch's flex_attention"),
 }
 SCALES = ("q_descale", "k_descale", "v_descale")
+OPTIONS = (
+    "softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_attn_probs",
+    "backend",
+)  # fmt: skip
 
 
 def refuse(argument: str, given: Any, expected: str, hint: str) -> NoReturn:
@@ -53,7 +57,9 @@ def served(
                 shown = "a tensor" if isinstance(given, torch.Tensor) else given
                 refuse(name, shown, " or ".join(map(str, allowed)), hint)
         elif name not in SCALES:
-            refuse_unknown(f"compat.flash_attn.{function}", {name: given}, (*INERT, *SCALES))
+            refuse_unknown(
+                f"compat.flash_attn.{function}", {name: given}, (*OPTIONS, *INERT, *SCALES)
+            )
     scales = tuple(later.get(name) for name in SCALES)
     if all(x is None for x in scales):
         return None

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from flash.attention import attention_varlen
 from flash.calls import run_dense
+from flash.checks import check_kind
 from flash.compat._served import Window, count, refuse, served, window_of
 from flash.errors import wrong_type, wrong_value
 
@@ -225,7 +226,11 @@ def _packed(
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Any, ...]:
     """Head dims that are no multiple of 8 are filled up with zeros, by a copy as in flash-attn."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_kind(name, x)
     dim, dim_v = q.shape[-1], v.shape[-1]
+    if k.shape[-1:] != (dim,):  # after the zeros they might be equal
+        raise wrong_value("k head dim", tuple(k.shape[-1:]), f"that of q, {dim}")
     factor = dim**-0.5 if scale is None else scale
     q, k, v = (pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v))
     return q, k, v, factor, dim_v
@@ -248,7 +253,7 @@ def _parts(name: str, packed: Any, parts: int, ndim: int) -> tuple[Tensor, ...]:
 def _grouped(qkv: Any, heads: int) -> tuple[Tensor, ...]:
     if not isinstance(qkv, torch.Tensor):
         raise wrong_type("qkv", qkv, "a torch.Tensor")
-    rest = qkv.shape[-2] - heads if qkv.ndim == 4 else -1
+    rest = qkv.shape[-2] - heads if qkv.ndim == 4 and heads > 0 else -1
     if rest <= 0 or rest % 2:
         expected = f"(batch, seq, {heads} + 2 heads_kv, dim)"
         raise wrong_value("qkv.shape", tuple(qkv.shape), expected)
