@@ -12,6 +12,7 @@ from flash.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     UnsupportedError,
+    unsupported,
     wrong_type,
     wrong_value,
 )
@@ -158,6 +159,9 @@ def check_output(name: str, x: Any, shape: tuple[Any, ...], like: Tensor, dtype:
                  inputs: tuple[Tensor, ...]) -> None:  # fmt: skip
     """A tensor to write: right shape and dtype, no element twice, no memory of an input."""
     check_kind(name, x)
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        hint = "use what is returned"
+        raise unsupported(name, "a tensor", "None under a function transform", hint)
     if x.dtype != dtype:
         text = f"{name}.dtype is {x.dtype}, must be {dtype}; allocate it with torch.empty"
         raise ArgumentTypeError(text, argument=name, given=x.dtype, expected=dtype)

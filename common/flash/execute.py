@@ -24,12 +24,25 @@ class Job(NamedTuple):
     fp8: bool = False  # quantize 16-bit inputs first
 
 
+def address(x: Tensor) -> int:
+    """0 of a tensor that has none: a fake one, or one that a function transform wraps.
+
+    The operator asks again for those that it is given in the end.
+    """
+    if type(x) is not Tensor and hasattr(x, "fake_mode"):
+        return 0
+    try:
+        return x.data_ptr()
+    except RuntimeError:
+        return 0
+
+
 def alignment_of(*tensors: Tensor) -> int:
     """The largest power of two, at most 16, that divides all pointers and strides, in bytes."""
     bits = ALIGNED
     for x in tensors:
         if x.device.type == "cuda":
-            bits |= x.data_ptr()
+            bits |= address(x)
             size = x.element_size()
             x = x if x.stride(-1) == 1 or x.dtype != FP8 else x.transpose(1, -1)  # V by keys
             for n, stride in zip(x.shape[:-1], x.stride(), strict=False):

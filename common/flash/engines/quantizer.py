@@ -35,7 +35,9 @@ def runs_on(device: int) -> bool:
 
 def serves(*tensors: Tensor) -> bool:
     """Tensors (.., rows, heads, dim) that the kernel reads as they are."""
-    return not torch.compiler.is_compiling() and all(map(_serves, tensors))
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(map(_serves, tensors))
 
 
 def _serves(x: Tensor) -> bool:
