@@ -12,7 +12,8 @@ endforeach()
 
 set(FLASH_ARCHS "${found_ARCHS}" CACHE STRING "GPU architectures, for example 75;80;90a")
 foreach(subset VERSIONS DTYPES HEAD_DIMS DIRECTIONS)
-  set(FLASH_${subset} "$ENV{FLASH_${subset}}" CACHE STRING "build only these (empty: all)")
+  string(REGEX REPLACE "[, ]+" ";" asked "$ENV{FLASH_${subset}}")
+  set(FLASH_${subset} "${asked}" CACHE STRING "build only these (empty: all)")
 endforeach()
 set(FLASH_UNPROVEN "$ENV{FLASH_UNPROVEN}" CACHE STRING
   "also build kernels whose GPU tests have not passed")

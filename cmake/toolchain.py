@@ -27,6 +27,10 @@ NVCC_WHEELS = [
 CUTLASS_WHEEL = "nvidia-cutlass==4.2.0.0"
 
 
+ARCHITECTURE = re.compile(r"[1-9]\d{1,2}[af]?")
+HOPPER = {"90": "90a"}  # v3's instructions exist there alone; the others' code is the same
+
+
 @dataclass(frozen=True)
 class Compiler:
     path: Path
@@ -42,14 +46,20 @@ def architectures() -> tuple[list[str], str]:
     """GPU architectures to build for, and where that answer came from."""
     asked = os.environ.get("FLASH_ARCHS")
     if asked is not None:
-        return [a for a in re.split(r"[;,\s]+", asked) if a], "FLASH_ARCHS"
+        names = [HOPPER.get(name, name) for name in re.split(r"[;,\s]+", asked) if name]
+        wrong = [name for name in names if not ARCHITECTURE.fullmatch(name)]
+        if wrong:
+            raise SystemExit(
+                f"flash: FLASH_ARCHS names {wrong[0]}; write 75, 80, 86, 89, 90a, 100, ..."
+            )
+        return names, "FLASH_ARCHS"
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return [], "no FLASH_ARCHS and no nvidia-smi"
     query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
     found = {line.strip().replace(".", "") for line in answer.splitlines()}
-    names = sorted({"90": "90a"}.get(arch, arch) for arch in found if arch.isdigit())
+    names = sorted(HOPPER.get(arch, arch) for arch in found if arch.isdigit())
     return names, "the GPUs of this machine" if names else "no FLASH_ARCHS and no GPU"
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from email import message_from_string
 from pathlib import Path
@@ -45,6 +49,7 @@ def program(folder: Path, name: str, says: str) -> Path:
         ("80 90a", ["80", "90a"]),
         ("80,86", ["80", "86"]),
         ("90a", ["90a"]),
+        ("80;90", ["80", "90a"]),
         ("", []),
         (" ; ", []),
     ],
@@ -55,6 +60,49 @@ def test_architectures_as_asked(
     program(bare, "nvidia-smi", "8.0")
     monkeypatch.setenv("FLASH_ARCHS", asked)
     assert toolchain.architectures() == (expected, "FLASH_ARCHS")
+
+
+@pytest.mark.parametrize("wrong", ["sm_90a", "8.0", "hopper", "80+PTX"])
+def test_what_is_no_architecture_is_refused(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setenv("FLASH_ARCHS", f"80;{wrong}")
+    with pytest.raises(SystemExit, match=re.escape(wrong)):
+        toolchain.architectures()
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("FLASH_DTYPES=bfloat16", "FLASH_DTYPES names bfloat16; there is fp16 bf16"),
+        ("FLASH_VERSIONS=v2", "FLASH_VERSIONS names v2; there is v2_parallel"),
+        ("FLASH_VERSIONS=v2_parallel;v9", "FLASH_VERSIONS names v9"),
+        ("FLASH_DTYPES=bf16;fp16", ""),
+    ],
+)
+def test_a_part_that_does_not_exist_is_refused(
+    tmp_path: Path, setting: str, complaint: str
+) -> None:
+    """Otherwise a slip of the pen would build no kernels and say nothing."""
+    cmake = shutil.which("cmake", path=os.pathsep.join([
+        sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))  # fmt: skip
+    if cmake is None:
+        pytest.skip("no cmake")
+    script = tmp_path / "check.cmake"
+    script.write_text(
+        f"include({ROOT}/cmake/FlashVersion.cmake)\n"
+        "flash_wanted(ignored VERSIONS v2_parallel)\n"
+        "flash_wanted(ignored DTYPES fp16)\nflash_wanted(ignored DTYPES bf16)\n"
+        "flash_check_wanted()\n"
+    )
+    command = [cmake, f"-D{setting}", "-P", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode != 0) == bool(complaint)
+    assert complaint in " ".join(done.stderr.split())
+
+
+def test_the_last_line_checks_what_was_asked_for() -> None:
+    assert (ROOT / "CMakeLists.txt").read_text().endswith("\nflash_check_wanted()\n")
 
 
 @pytest.mark.parametrize(
