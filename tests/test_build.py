@@ -167,7 +167,6 @@ def test_instances_are_well_formed(version: str) -> None:
 
 @pytest.mark.parametrize("version", digest.VERSIONS)
 def test_the_capability_table_lists_what_is_built(version: str) -> None:
-    """For each direction and dtype that has kernels at all."""
     names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "e4m3": "float8_e4m3fn"}
     built, claimed = set(), set()
     for direction, instances in digest.instances(version).items():
@@ -179,8 +178,6 @@ def test_the_capability_table_lists_what_is_built(version: str) -> None:
             claimed |= {
                 (direction, dtype, *pair) for dtype in row.dtypes for pair in row.dims(direction)
             }
-    begun = {row[:2] for row in built}
-    claimed = {row for row in claimed if row[:2] in begun}
     assert claimed == built, f"{version}: CMakeLists.txt and {version}/__init__.py disagree"
 
 
