@@ -7,9 +7,10 @@ WORKERS ?= 2
 
 py := $(VENV)/bin/python
 pip := $(py) -m pip install --quiet --disable-pip-version-check
-clang_sources = $(wildcard common/*.h common/*.cuh common/*.cpp v*_*/*.cuh bench/*/*.cu*)
+clang_sources = $(wildcard $(foreach folder,common v*_* bench bench/*,\
+  $(foreach kind,h cuh cu cpp,$(folder)/*.$(kind))))
 sources := pyproject.toml CMakeLists.txt $(wildcard cmake/* common/* common/flash/*.py \
-  common/flash/*/*.py v*_*/*.py v*_*/*.cuh)
+  common/flash/*/*.py v*_*/*.py v*_*/*.c* v*_*/*.h)
 
 .PHONY: demo test lint format kernels evidence clean help
 help:  ## this list

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,11 @@ def test_nothing_is_excluded_from_the_linters() -> None:
     assert len(tools) >= 3
     for text in (*tools, hooks):
         assert not re.search(r"exclude|per-file-ignores|ignore_errors", text)
+
+
+def test_every_cuda_file_is_given_to_the_formatter() -> None:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    plan = subprocess.run(["make", "-n", "lint"], cwd=ROOT, env=bare, capture_output=True,
+                          text=True, check=True).stdout  # fmt: skip
+    given = set(next(line for line in plan.splitlines() if "clang-format --dry" in line).split())
+    assert {name_of(path) for path in CUDA} <= given
