@@ -38,7 +38,8 @@ SHARED_TESTS = (
 )  # fmt: skip
 HANG_SECONDS = 60  # for one test; the slowest took under 5 s on one H200
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
-NAMES = (*OURS, "sdpa-flash", "sdpa-cudnn", "fa3", "fa4")
+PEERS = ("sdpa-flash", "sdpa-cudnn", "fa3", "fa4")  # beside ours unless --alone
+NAMES = (*OURS, *PEERS, "sdpa-efficient")  # the last one where it is named: fp32 has no other
 FP8_NAMES = ("v3", "v3-keys", "fa3")
 STUDIES = ("limits", "memory", "end_to_end", "dram", "ablations", "trace", "sanitize", "repeat",
            "breadth", "host", "fp8")  # fmt: skip
@@ -73,7 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--build", action="store_true", help="pip install the working tree first")
     parser.add_argument("--tests", action="store_true", help="run the GPU tests")
     parser.add_argument("--version", choices=[*OURS], help="only this version's tests")
-    parser.add_argument("--select", default="", help="pytest -k expression for the tests")
+    parser.add_argument("--select", default="", help="pytest -k: a part, not recorded")
     parser.add_argument("--workers", type=int, default=4, help="pytest processes")
     parser.add_argument("--bench", nargs="?", const="all", help="all, or names: v2,sdpa-flash,...")
     parser.add_argument("--direction", choices=["forward", "backward"])
@@ -88,7 +89,12 @@ def parse() -> argparse.Namespace:
         parser.add_argument(flag, action="store_true", help=f"python -m bench.{name}")
     parser.add_argument("--minutes", type=float, default=8, help="stop starting cases after this")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for asked in (args.bench, args.sustained):
+        unknown = {*(asked or "all").split(",")} - {"all", *NAMES, *FP8_NAMES}
+        if unknown:
+            parser.error(f"nobody is called {', '.join(sorted(unknown))}")
+    return args
 
 
 def build() -> None:
@@ -129,7 +135,7 @@ def run_tests(folder: Path, head: dict[str, Any], args: argparse.Namespace) -> b
         version = OURS[name]
         counts = Counter(outcome for test, outcome in outcomes if names(test, name))
         print(f"{version}: {dict(counts) or 'no tests ran'}")
-        if counts["passed"] or counts["failed"]:
+        if (counts["passed"] or counts["failed"]) and not args.select:  # a part proves no version
             versions[version] = {
                 "digest": digest.digest(version),
                 "passed": counts["passed"],
@@ -139,7 +145,8 @@ def run_tests(folder: Path, head: dict[str, Any], args: argparse.Namespace) -> b
                 "date": record.now(),
                 "command": "python " + " ".join(c for c in command if "junit" not in c),
             }
-    record.write(path, content)
+    if not args.select:
+        record.write(path, content)
     return bool(outcomes) and all(outcome != "failed" for _, outcome in outcomes)
 
 
@@ -189,7 +196,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def competitors(asked: str | None, alone: bool, case: Case) -> list[str]:
     chosen = list(SOURCES) if asked in (None, "all") else asked.split(",")
-    peers = [] if alone else [name for name in NAMES if name not in OURS]
+    peers = () if alone else PEERS
     able = FP8_NAMES if case.dtype == "float8_e4m3fn" else NAMES
     return [name for name in able if name in {*chosen, *peers} and present(name)]
 

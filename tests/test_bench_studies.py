@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from bench import dram, end_to_end, gpu_check, study_tables
 from bench.digest import ROOT
 from flash.study import accuracy
+from flash.study.cases import paper
 from flash.study.facts import apart
 from flash.study.sources import Source
 
@@ -136,3 +139,27 @@ def test_samples_fit(seqlen: int) -> None:
     assert rows <= seqlen
     assert heads * seqlen <= accuracy.MOST_TOKENS
     assert heads * rows <= accuracy.SAMPLES
+
+
+def test_whoever_is_named_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also who stands beside our kernels in fp32 alone; and a slip of the pen is told."""
+    case = paper("forward", "float32", 64, False, 512)
+    asked = gpu_check.competitors("v1,sdpa-efficient", True, case)
+    assert asked == ["v1", "sdpa-efficient"]
+    assert "sdpa-efficient" not in gpu_check.competitors("all", False, case)
+    assert "v3-keys" not in gpu_check.competitors("all", False, case)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--bench", "v1,sdpa-eficient"])
+    with pytest.raises(SystemExit):
+        gpu_check.parse()
+
+
+def test_a_selection_of_the_tests_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: None)
+    monkeypatch.setattr(gpu_check, "read_report", lambda _: [("test_v2-one", "passed")])
+    monkeypatch.setattr(gpu_check, "built", lambda _: [[0, 1, 64, 64]])
+    for select, kept in (("one", False), ("", True)):
+        args = argparse.Namespace(version="v2", select=select, workers=1)
+        assert gpu_check.run_tests(tmp_path, {}, args)
+        assert (tmp_path / "tests.json").exists() == kept

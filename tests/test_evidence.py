@@ -22,12 +22,19 @@ def runs_of(version: str) -> list[dict[str, Any]]:
     return [found["versions"][version] for found in records if version in found["versions"]]
 
 
+def whole(run: dict[str, Any], version: str) -> bool:
+    """All tests that speak of the version ran: a selection of them would prove less."""
+    selected = run["command"].partition(" -k ")[2]
+    short = version.partition("_")[0]
+    return selected in ("", f"{short}_ or {short}-")
+
+
 def passing(version: str) -> list[dict[str, Any]]:
     """The recorded runs of the present sources in which every test passed."""
     current = digest.digest(version)
     return [
         run for run in runs_of(version)
-        if run["digest"] == current and run["passed"] and not run["failed"]
+        if run["digest"] == current and run["passed"] and not run["failed"] and whole(run, version)
     ]  # fmt: skip
 
 
@@ -39,6 +46,7 @@ def test_gpu_tests_passed_on_these_sources(version: str) -> None:
         assert passing(version), f"no passing GPU run of {version} as it is: {REFRESH}"
     else:
         assert entry["digest"] == digest.digest(version), f"{version} has changed: {REFRESH}"
+        assert len(entry["why"]) > 20, "why has to be told"
         assert entry["why"] in (digest.ROOT / "README.md").read_text(), "the README must tell it"
         assert not passing(version), f"{version} has passed: remove it from {record.PENDING}"
 
@@ -49,6 +57,14 @@ def test_gpu_tests_covered_every_kernel(version: str) -> None:
     tested = {tuple(row) for run in runs for row in run["kernels"]}
     missing = listed(version) - tested
     assert not missing, f"{version}: kernels no GPU has tested: {sorted(missing)}; {REFRESH}"
+
+
+def test_a_selection_of_the_tests_is_no_evidence() -> None:
+    for run in runs_of("v3_hopper"):
+        assert whole(run, "v3_hopper")
+        assert whole({"command": "python -m pytest tests/gpu -q"}, "v3_hopper")
+        assert not whole({"command": f"{run['command']} and causal"}, "v3_hopper")
+        assert not whole(run, "v2_parallel")
 
 
 def test_records_name_their_machine() -> None:
