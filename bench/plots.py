@@ -1,11 +1,12 @@
 """Draws bench/results/<gpu>/plots from the data there: `python -m bench.plots`.
 
-Beside the pictures stands a fingerprint of the figures they show, so that a test without
-matplotlib can tell when they are stale.
+Beside the pictures stands a fingerprint of the figures they show, and one of themselves, so that a
+test without matplotlib can tell when they are stale or were edited.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -26,6 +27,14 @@ def fingerprint(source: Source) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def drawn(folder: Path) -> str:
+    """Of the pictures themselves."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.svg")):
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:12]
+
+
 def folders(results: Path = record.RESULTS) -> dict[Path, Source]:
     """Each device's folder of plots, and what is to be drawn there."""
     found = {}
@@ -35,11 +44,15 @@ def folders(results: Path = record.RESULTS) -> dict[Path, Source]:
     return found
 
 
+def fingerprints(folder: Path, source: Source) -> dict[str, str]:
+    return {"data": fingerprint(source), "pictures": drawn(folder)}
+
+
 def stale(results: Path = record.RESULTS) -> list[Path]:
-    """Folders whose pictures show other figures than the data."""
+    """Folders whose pictures show other figures than the data, or are not as they were drawn."""
     return [
         folder for folder, source in folders(results).items()
-        if record.read(folder / FINGERPRINT).get("data") != fingerprint(source)
+        if record.read(folder / FINGERPRINT) != fingerprints(folder, source)
     ]  # fmt: skip
 
 
@@ -57,10 +70,15 @@ def draw(folder: Path, source: Source) -> None:
         old.unlink()
     for name, kind, content in drawings(source):
         (folder / f"{name}.{kind}").write_bytes(content)
-    record.write(folder / FINGERPRINT, {"data": fingerprint(source)})
+    record.write(folder / FINGERPRINT, fingerprints(folder, source))
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(sys.argv[1:])
+    return draw_all()
+
+
+def draw_all() -> int:
     for folder, source in folders().items():
         draw(folder, source)
         print(f"wrote {folder}")

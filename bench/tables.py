@@ -6,6 +6,7 @@ the plots again where these have changed; `python -m bench.tables --check` only 
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -274,20 +275,19 @@ def wanted(root: Path = ROOT) -> dict[Path, str]:
 
 
 def stale(root: Path = ROOT) -> list[Path]:
-    return [
-        path
-        for path, text in wanted(root).items()
-        if not path.is_file() or path.read_text() != text
-    ]
+    pages = wanted(root).items()
+    return [path for path, text in pages if not path.is_file() or path.read_text() != text]
 
 
 def main() -> int:
-    if "--check" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say what is stale")
+    if parser.parse_args().check:
         old = [*plots.stale(), *stale()]
         print("\n".join(f"stale: {path}" for path in old) or "tables: up to date")
         return int(bool(old))
     if plots.stale():
-        plots.main()
+        plots.draw_all()
     for path, text in wanted().items():
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}")

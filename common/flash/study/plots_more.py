@@ -71,8 +71,9 @@ def roofline(source: Source, theme: Theme) -> Figure | None:
         ax.set_ylim(100, top * 1.25)
         ax.set_yticks([100, 200, 400, 800], ["100", "200", "400", "800"])
         ax.minorticks_off()
+        pairs = sorted({(r["competitor"], r["head_dim"]) for _, _, r in points})
         ends = [max((x, y, r) for x, y, r in points if (r["competitor"], r["head_dim"]) == pair)
-                for pair in {(r["competitor"], r["head_dim"]) for _, _, r in points}]  # fmt: skip
+                for pair in pairs]  # fmt: skip
         found = [Label(f"{r['competitor']} d{r['head_dim']}", y, color(theme, r["competitor"]))
                  for _, y, r in ends]  # fmt: skip
         found += [Label(name, rate, theme.ink) for name, rate in roofs]
