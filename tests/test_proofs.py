@@ -54,6 +54,17 @@ def test_what_was_not_seen_is_told() -> None:
             assert gap in readme
 
 
+@recorded
+def test_the_page_of_v3_counts_what_is_recorded() -> None:
+    page = (digest.ROOT / "v3_hopper" / "README.md").read_text()
+    for folder in {path.parent for path in FILES if path.name == "repeat.json"}:
+        tests = record.read(folder / "tests.json")["versions"].get("v3_hopper")
+        rows = proof_tables.current(folder, "repeat.json", "repeat", "v3_hopper")
+        if tests and rows and tests["digest"] == digest.digest("v3_hopper"):
+            runs = sum(row["runs"] for row in rows)
+            assert f"{tests['passed']} GPU tests passed; {runs:,} runs" in page
+
+
 def test_a_gap_is_counted(tmp_path: Path) -> None:
     every = proof_tables.gaps(tmp_path, ("racecheck",))
     assert f"racecheck v2_parallel {len(listed('v2_parallel'))} kernels" in every
