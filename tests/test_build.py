@@ -181,6 +181,30 @@ def test_the_capability_table_lists_what_is_built(version: str) -> None:
     assert claimed == built, f"{version}: CMakeLists.txt and {version}/__init__.py disagree"
 
 
+def test_the_tiles_of_v3_are_those_of_its_kernels() -> None:
+    """What `flash.explain` says without a GPU: the tuned sizes of the forward pass."""
+    table = capability("v3_hopper")
+    text = (ROOT / "v3_hopper" / "traits.cuh").read_text()
+    plain = {key[1:]: tile for key, tile in table.tiles.items() if key[0] == "forward"}
+    long = {key[1:]: tile for key, tile in table.long_tiles.items()}
+    general, *tuned = re.findall(r"struct Tuning(<[\d, true]+>)? \{(.*?)\};", text, re.S)
+    found: dict[bool, set[tuple[int, int]]] = {False: set(), True: set()}
+    for which, body in [("<96, 96>", general[1]), ("<128, 128>", general[1]), *tuned]:
+        dim, dim_v = (int(n) for n in re.findall(r"\d+", which))
+        size = {name: int(n) for name, n in re.findall(r"(k\w+) = (\d+)", body)}
+        tile = (long if "true" in which else plain)[dim, dim_v]
+        found["true" in which].add((dim, dim_v))
+        assert tile.block_q == 64 * size["kConsumers"]
+        assert (tile.block_kv, tile.stages) == (size["kBlockKV"], size["kStages"])
+        assert tile.threads == 128 * (1 + size["kConsumers"])
+    assert (found[False], found[True]) == (set(plain), set(long))
+    rows = dict(re.findall(r"(kLongRows\w*) = ([\d <]+);", text))
+    base, shift = rows["kLongRowsOfAllHeads"].split("<<")
+    assert table.long_rows == int(rows["kLongRows"])
+    assert table.long_rows_full == int(rows["kLongRowsFull"])
+    assert table.long_rows_of_all_heads == int(base) << int(shift)
+
+
 @pytest.mark.parametrize(
     ("said", "strict", "expected"),
     [
