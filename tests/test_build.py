@@ -205,6 +205,21 @@ def test_the_tiles_of_v3_are_those_of_its_kernels() -> None:
     assert table.long_rows_of_all_heads == int(base) << int(shift)
 
 
+def test_the_fp8_tiles_of_v3_are_those_of_its_kernels() -> None:
+    text = (ROOT / "v3_hopper" / "fp8_traits.cuh").read_text()
+    assert "kBlockKV = 128;" in text
+    general, *tuned = re.findall(r"struct Tuning(<\d+, \d+>)? \{(.*?)\};", text, re.S)
+    bodies = {"<96, 96>": general[1], "<128, 128>": general[1], **dict(tuned)}
+    table = capability("v3_hopper").fp8_tiles
+    assert len(table) == len(bodies)
+    for which, body in bodies.items():
+        dim, dim_v = (int(n) for n in re.findall(r"\d+", which))
+        size = {name: int(n) for name, n in re.findall(r"(k\w+) = (\d+)", body)}
+        tile = table["forward", dim, dim_v]
+        assert (tile.block_q, tile.block_kv) == (64 * size["kConsumers"], 128)
+        assert (tile.stages, tile.threads) == (size["kStages"], 128 * (1 + size["kConsumers"]))
+
+
 @pytest.mark.parametrize(
     ("said", "strict", "expected"),
     [

@@ -95,6 +95,13 @@ def test_as_dict_is_json() -> None:
     assert len(data["estimates"]) == len(BACKENDS)
 
 
+@pytest.mark.parametrize(("precision", "tile"), [("fp8", (192, 128, 4)), (None, (128, 128, 2))])
+def test_fp8_has_tiles_of_its_own(precision: str | None, tile: tuple[int, int, int]) -> None:
+    v3, *older = flash.explain(*meta(8192, 8192), arch="sm_90", precision=precision).estimates[:3]
+    assert (v3.block_q, v3.block_kv, v3.stages) == tile
+    assert all(bool(estimate.block_q) == (precision is None) for estimate in older)
+
+
 def test_agrees_with_what_runs() -> None:
     q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
     for backend in ("auto", "v1", "torch", "reference"):

@@ -80,26 +80,28 @@ class Capability:
     long_rows: int = 0  # sequences of so many query rows take the long tiles, where there are any,
     long_rows_full: int = 0  # the same where nothing is masked
     long_rows_of_all_heads: int = 0  # if all heads of the batch have so many together
+    fp8_tiles: dict[tuple[str, int, int], Tile] = field(default_factory=dict)
     alignment: int = 1  # bytes that rows and pointers must be multiples of
     exact_head_dims: tuple[str, ...] = ()  # dtypes whose head dim must be one of those compiled
 
     def tile(self, direction: str, head_dim: int, head_dim_v: int, rows: int,
-             of_all_heads: int, full: bool = False) -> Tile | None:  # fmt: skip
+             of_all_heads: int, full: bool = False, fp8: bool = False) -> Tile | None:  # fmt: skip
         """The tile of the smallest compiled kernel that holds these head dims."""
+        tiles = self.fp8_tiles if fp8 else self.tiles
         fits = [
-            key for key in self.tiles
+            key for key in tiles
             if key[0] == direction and key[1] >= head_dim and key[2] >= head_dim_v
         ]  # fmt: skip
         if not fits:
             return None
         key = min(fits, key=lambda fit: fit[1])
         least = self.long_rows_full if full else self.long_rows
-        long = rows >= least and of_all_heads >= self.long_rows_of_all_heads
-        return self.long_tiles.get(key, self.tiles[key]) if long else self.tiles[key]
+        long = rows >= least and of_all_heads >= self.long_rows_of_all_heads and not fp8
+        return self.long_tiles.get(key, tiles[key]) if long else tiles[key]
 
     def as_dict(self) -> dict[str, Any]:
         table = asdict(self)
-        for name in ("tiles", "long_tiles"):
+        for name in ("tiles", "long_tiles", "fp8_tiles"):
             table[name] = [
                 {"direction": way, "head_dim": dim, "head_dim_v": dim_v, **asdict(tile)}
                 for (way, dim, dim_v), tile in getattr(self, name).items()

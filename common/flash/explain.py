@@ -222,13 +222,14 @@ def _tile(
         if plan["block_q"]:
             return {**plan, "tile_from": "module"}
     batch, length, heads, _ = q.shape
+    fp8 = request.dtype == torch.float8_e4m3fn
     found = capability(name).tile(
         request.direction, q.shape[3], v.shape[3], length, batch * heads * length,
-        full=spec.left is None and spec.right is None,
+        full=spec.left is None and spec.right is None, fp8=fp8,
     )  # fmt: skip
     if found is None:
         return {}
-    itemsize = 1 if request.dtype == torch.float8_e4m3fn else q.element_size()
+    itemsize = 1 if fp8 else q.element_size()
     rows, keys = found.block_q * q.shape[3], found.block_kv * (q.shape[3] + v.shape[3])
     split = q.shape[1] if request.direction == "forward" else k.shape[1]
     block = found.block_q if request.direction == "forward" else found.block_kv
