@@ -14,8 +14,6 @@ from flash.study.ratios import geomean
 NOTHING = "Nothing has been recorded yet."
 FILES = ("forward_bfloat16", "backward_bfloat16", "forward_float8_e4m3fn")
 BY_KEYS = "forward_float8_keys"  # the table of FP8 with V's keys contiguous
-# Of FlashAttention-3 in FP8, which the build that runs beside these kernels lacks.
-FA3_FP8 = Path(__file__).with_name("fa3_fp8.json")
 Shape = tuple[int, str, int]  # head dim, mask, length
 
 
@@ -30,8 +28,7 @@ def makers(for_each_gpu: Callable[[Callable[[Path], str]], str]) -> dict[str, Ca
 
 def beside(folder: Path, name: str, ours: str = "v3") -> str:
     """TFLOP/s of ours and its peers, one row for each head dim and mask; the best in bold."""
-    apart = record.read(FA3_FP8)["rows"] if name.endswith("e4m3fn") else []
-    shapes = by_case([*record.read(folder / f"{name}.json").get("rows", []), *apart])
+    shapes = by_case(record.read(folder / f"{name}.json").get("rows", []))
     ratios: dict[Shape, float] = {}
     cells: dict[Shape, str] = {}
     for shape in sorted(shapes, key=lambda shape: (shape[0], shape[1] != "full", shape[2])):
