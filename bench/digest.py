@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("v1_tiling", "v2_parallel", "v3_hopper")
 SHARED = ("common/backend.cpp", "common/binding.cpp")
+TEMPLATES = ("cmake/instance.cu.in", "cmake/instances.h.in")
+OPTIONS = "cmake/FlashVersion.cmake"
 
 _TOKEN = re.compile(r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')|\s+', re.S)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
@@ -50,6 +52,20 @@ def digest(version: str, root: Path = ROOT) -> str:
     return total.hexdigest()[:12]
 
 
+def build(root: Path = ROOT) -> str:
+    """Twelve hex digits of how sources become kernels: what CMake writes around them, and options.
+
+    Apart from the digest, for an option of the build speaks of every version at once.
+    """
+    total = hashlib.sha256()
+    for name in TEMPLATES:
+        total.update(significant((root / name).read_text()).encode())
+    text = re.sub(r"#[^\n]*", "", (root / OPTIONS).read_text())
+    for call in re.findall(r"target_compile_(?:options|definitions)\(([^)]*)\)", text):
+        total.update(" ".join(call.split()).encode())
+    return total.hexdigest()[:12]
+
+
 def instances(version: str, root: Path = ROOT, *, unproven: bool = False) -> dict[str, list[str]]:
     """The kernels that CMakeLists.txt lists: direction -> dtype:head_dim[:head_dim_v].
 
@@ -74,5 +90,6 @@ def has_kernels(version: str, root: Path = ROOT) -> bool:
 
 
 if __name__ == "__main__":
+    print("build", build())
     for name in VERSIONS:
         print(name, digest(name) or "(no kernels)", instances(name))

@@ -138,6 +138,7 @@ def run_tests(folder: Path, head: dict[str, Any], args: argparse.Namespace) -> b
         if (counts["passed"] or counts["failed"]) and not args.select:  # a part proves no version
             versions[version] = {
                 "digest": digest.digest(version),
+                "build": digest.build(),
                 "passed": counts["passed"],
                 "failed": counts["failed"],
                 "skipped": counts["skipped"],

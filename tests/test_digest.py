@@ -87,6 +87,27 @@ def test_what_counts(repository: Path, name: str, old: str, new: str) -> None:
     assert digest.digest("v2_parallel", repository) != before
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        (digest.OPTIONS, "-O3", "-O3 --use_fast_math"),
+        (digest.OPTIONS, "--expt-relaxed-constexpr;-Xptxas=-v", "-Xptxas=-v"),
+        (digest.OPTIONS, "FLASH_NAMESPACE=", "FLASH_SPACE="),
+        (digest.TEMPLATES[0], "template", "extern template"),
+        (digest.TEMPLATES[1], "Instances", "Others"),
+    ],
+)
+def test_how_kernels_are_built_counts(tmp_path: Path, name: str, old: str, new: str) -> None:
+    for path in (*digest.TEMPLATES, digest.OPTIONS):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text((digest.ROOT / path).read_text())
+    assert digest.build(tmp_path) == digest.build()
+    edit(tmp_path, digest.OPTIONS, "# The quantizer of v3:", "# v3's quantizer:")
+    assert digest.build(tmp_path) == digest.build()
+    edit(tmp_path, name, old, new)
+    assert digest.build(tmp_path) != digest.build()
+
+
 def test_comment_marks_inside_literals_are_kept() -> None:
     assert digest.significant('f("// no", \'"\', "/*"); // yes') == 'f("// no",\'"\',"/*");'
 
