@@ -12,6 +12,7 @@ from grid import DEVICE, Case, dense
 from torch import Tensor
 
 import flash
+from flash.errors import UnsupportedError
 from flash.quantize import (
     E4M3,
     E4M3_MAX,
@@ -222,6 +223,12 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
     given = {name: torch.randn(2, 10, 2, 64) for name in "qkv"}
     with pytest.raises(flash.FlashError, match=next(iter(wrong))):
         quantize_fp8(**{**given, **wrong})
+
+
+def test_function_transforms_are_refused() -> None:
+    x = torch.randn(3, 1, 32, 2, 64)
+    with pytest.raises(UnsupportedError, match="quantize before it"):
+        torch.func.vmap(lambda q: flash.quantize_fp8(q, q, q).q.float())(x)
 
 
 def test_a_gradient_is_not_dropped() -> None:

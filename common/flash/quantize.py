@@ -60,6 +60,9 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
 
 
 def _check_tensors(q: Any, k: Any, v: Any) -> None:
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        hint = "quantize before it, with the mapped dimension as a part of the batch"
+        raise unsupported("q, k, v", "tensors of a function transform", "plain ones", hint)
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_kind(name, x)
         check_dtype(name, x)
