@@ -208,3 +208,29 @@ def test_the_first_call_of_a_thread(version: str) -> None:
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                            check=False)  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
+
+
+@pytest.mark.parametrize("version", versions())
+def test_output_in_the_layout_of_the_call(version: str) -> None:
+    """Heads before rows, and more of them: an output with swapped strides would be overrun."""
+    q, k, v = (x.transpose(1, 2).contiguous() for x in draw(Case(60, 60, heads_q=70))[:3])
+    out = torch.full_like(q, float("nan"))
+    found = flash.attention(q, k, v, layout="bhsd", out=out, backend=version)
+    assert found.data_ptr() == out.data_ptr()
+    assert torch.equal(out, flash.attention(q, k, v, layout="bhsd", backend=version))
+
+
+@pytest.mark.parametrize("version", versions())
+def test_function_transforms(version: str) -> None:
+    """What they wrap has no address, which a call on a GPU asks for."""
+    x = torch.stack([draw(Case(70, 70), seed)[0] for seed in range(3)])
+
+    def loss(q: Tensor) -> Tensor:
+        return flash.attention(q, q, q, causal=True, backend=version).float().sin().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss))(x)
+    for one, found in zip(x, mapped, strict=True):
+        leaf = one.clone().requires_grad_()
+        loss(leaf).backward()
+        assert leaf.grad is not None
+        assert torch.allclose(found.float(), leaf.grad.float(), atol=1e-2, rtol=2e-2)
