@@ -98,6 +98,10 @@ def _operate(ready: calls.Ready, saved: tuple[Any, ...], grads: tuple[Any, ...])
     if all(x is not None for x in grads):
         calls.calls.backward_out(*saved, *args, dq=grads[0], dk=grads[1], dv=grads[2])
         return grads[0], grads[1], grads[2]
+    if calls.transformed():
+        from flash.transforms import Gradient
+
+        return _fill(Gradient.apply(*saved, ready), grads)
     return _fill(calls.calls.backward(*saved, *args), grads)
 
 

@@ -33,6 +33,7 @@ from flash.spec import Descale, Spec, Varlen
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 any_autocast = torch._C._is_any_autocast_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 HALF = (torch.float16, torch.bfloat16)
@@ -61,6 +62,14 @@ def eager() -> bool:
         and _transforms() is None
         and forward_ad._current_level < 0
     )
+
+
+def transformed() -> bool:
+    """A function transform or forward mode looks on, to which operators do not tell enough."""
+    if torch.compiler.is_compiling():
+        return False
+    top = _transforms()
+    return forward_ad._current_level >= 0 if top is None else top.key() != _FUNCTIONALIZE
 
 
 def wants_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -228,10 +237,7 @@ def _operate(
         count_flops()
     args = arguments_of(ready, scales=True)
     if out is None:
-        watched = not torch.compiler.is_compiling() and (
-            _transforms() is not None or forward_ad._current_level >= 0
-        )
-        if watched:
+        if transformed():
             from flash.transforms import Transformed
 
             found = Transformed.apply(q, k, v, ready)

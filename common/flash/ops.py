@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash import dispatch
 from flash.checks_more import BLOCK
 from flash.engines.layout import lse_dtype, lse_shape, out_dtype
+from flash.errors import UnsupportedError
 from flash.execute import request_of, run_backward, run_forward, settle
 from flash.spec import Descale, Result, Spec, Varlen
 
@@ -59,7 +61,25 @@ def descale_of(scales: tuple[Any, ...]) -> Descale | None:
     return Descale(*scales, *rows)
 
 
+def no_forward_mode(name: str) -> UnsupportedError:
+    text = (
+        f"attention has no forward-mode derivative (jvp, dual tensors), for {name}; supported is "
+        "reverse mode; use torch.func.vjp or backward()"
+    )
+    return UnsupportedError(text, argument=name, given="dual tensor", expected="reverse mode")
+
+
+def refuse_tangents(**tensors: Tensor | None) -> None:
+    """An operator that has no autograd formula drops the tangent of a dual tensor silently."""
+    if forward_ad._current_level < 0:
+        return
+    for name, x in tensors.items():
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise no_forward_mode(name)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, args: tuple[Any, ...], out: Tensor | None) -> Result:
+    refuse_tangents(q=q, k=k, v=v, out=out)
     lengths, scales, fp8, scores, backend = args[:4], args[4:7], args[7], args[8:14], args[14]
     varlen, spec = varlen_of(lengths), spec_of(q, scores)
     job = settle(q, k, v, spec, backend, varlen=varlen is not None, fp8=fp8)
@@ -78,6 +98,8 @@ def forward_out(q: Tensor, k: Tensor, v: Tensor, *args: Any, out: Tensor) -> Ten
 
 def _backward(saved: tuple[Any, ...], args: tuple[Any, ...], grads: tuple[Any, ...]) -> Any:
     lengths, scores, backend = args[:4], args[4:10], args[10]
+    names = ("dout", "dlse", "q", "k", "v", "out", "lse", "dq", "dk", "dv")
+    refuse_tangents(**dict(zip(names, (*saved, *grads), strict=True)))
     q, k, v = saved[2:5]
     varlen, spec = varlen_of(lengths), spec_of(q, scores)
     kinds: dict[str, Any] = {"varlen": varlen is not None, "direction": "backward"}

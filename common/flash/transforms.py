@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flash import calls
-from flash.errors import UnsupportedError, unsupported
+from flash.errors import unsupported
+from flash.ops import no_forward_mode
 from flash.ops_autograd import calls as operators
 from flash.ops_autograd import double_backward
 
@@ -37,11 +38,7 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        text = (
-            "attention has no forward-mode derivative (jvp, dual tensors); supported is reverse "
-            "mode; use torch.func.vjp or backward()"
-        )
-        raise UnsupportedError(text, argument="q", given="dual tensor", expected="reverse mode")
+        raise no_forward_mode("q, k, v")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
@@ -66,6 +63,10 @@ class Gradient(torch.autograd.Function):
         return double_backward(ctx, *grads)
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode("dout, dlse, q, k, v, out, lse")
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         return _fold(Gradient, info.batch_size, in_dims, inputs)
 
@@ -81,8 +82,10 @@ def _fold(function: Any, size: int, in_dims: tuple[Any, ...], inputs: tuple[Any,
     return tuple(x.unflatten(0, (size, -1)) for x in found), (0,) * len(found)
 
 
-def _join(x: Tensor, dim: int | None, size: int) -> Tensor:
+def _join(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """(mapped, batch, ..) in one dim; a tensor that is not mapped is repeated as a view."""
+    if x is None:
+        return None
     moved = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     joined = moved.flatten(0, 1)
     return joined if joined.stride(-1) == 1 else joined.contiguous()
