@@ -16,6 +16,7 @@ from flash.errors import (
     wrong_type,
     wrong_value,
 )
+from flash.overlap import overlaps_itself, share
 
 AXES = {
     "bshd": ("batch", "seq", "heads", "dim"),
@@ -171,51 +172,9 @@ def check_output(name: str, x: Any, shape: tuple[Any, ...], like: Tensor, dtype:
     if x.requires_grad:
         hint = "results written in place have no gradient"
         raise wrong_value(f"{name}.requires_grad", True, "False", hint)
-    if _overlaps_itself(x):
+    if overlaps_itself(x):
         raise wrong_value(f"{name}.stride()", x.stride(), "free of overlap", "do not expand it")
-    if _has_memory(x) and any(_share(x, other) for other in inputs):
+    in_memory = x.device.type != "meta" and not torch.compiler.is_compiling()
+    if in_memory and any(share(x, other) for other in inputs):
         text = f"{name} shares memory with another tensor of the call; give it its own"
         raise ArgumentValueError(text, argument=name, given="overlap", expected="own memory")
-
-
-def _has_memory(x: Tensor) -> bool:
-    return x.device.type != "meta" and not torch.compiler.is_compiling()
-
-
-def _overlaps_itself(x: Tensor) -> bool:
-    dims = sorted((st, n) for n, st in zip(x.shape, x.stride(), strict=True) if n > 1)
-    extent = 0
-    for stride, size in dims:
-        if stride <= extent:
-            return True
-        extent += stride * (size - 1)
-    return False
-
-
-def _share(x: Tensor, other: Tensor) -> bool:
-    """The byte ranges overlap and so may elements; interleaved views of one buffer do not."""
-    if not x.numel() or not other.numel():
-        return False
-    if x.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
-        return False
-    return not _disjoint(x, other)
-
-
-def _disjoint(x: Tensor, other: Tensor) -> bool:
-    def span(t: Tensor) -> tuple[int, int]:
-        last = sum((n - 1) * st for n, st in zip(t.shape, t.stride(), strict=True))
-        begin = t.data_ptr()
-        return begin, begin + (last + 1) * t.element_size()
-
-    (a, b), (c, d) = span(x), span(other)
-    if b <= c or d <= a:
-        return True
-    same = x.dtype == other.dtype and x.stride() == other.stride() and x.shape == other.shape
-    if not same:
-        return False
-    # Slices of one buffer, such as dq and dk of a (batch, seq, 3, heads, dim) tensor.
-    offset = abs(a - c) // x.element_size()
-    dims = [(st, n) for n, st in zip(x.shape, x.stride(), strict=True) if n > 1]
-    inner = sum((n - 1) * st for st, n in dims if st <= offset)
-    outer = min((st for st, _ in dims if st > offset), default=offset + inner + 1)
-    return inner < offset and offset + inner < outer
