@@ -15,6 +15,7 @@ import torch.distributed as dist
 from door_pages import run_example
 
 import flash
+from flash import context_parallel as cp
 from flash.context_parallel.ring import step_of
 from flash.context_parallel.shards import ends_of, rows_of
 
@@ -96,6 +97,35 @@ def test_steps_cover_the_triangle_once_and_evenly(rings: int) -> None:
 def test_ends_are_ints(ends: Any) -> None:
     with pytest.raises((flash.ArgumentTypeError, flash.ArgumentValueError), match="cu_seqlens"):
         ends_of(ends)
+
+
+ROWS = torch.zeros(1, 8, 4, 16)
+WRONG: list[tuple[str, Any, type[Exception]]] = [
+    ("dim", 9, ValueError), ("dim", -5, ValueError), ("dim", 1.5, TypeError),
+    ("dim", "rows", TypeError), ("dim", True, TypeError), ("dim", None, TypeError),
+    ("x", [1.0], TypeError), ("x", None, TypeError), ("x", torch.tensor(1.0), ValueError),
+    ("x", ROWS.to_sparse(), NotImplementedError), ("cu_seqlens", 5, TypeError),
+    ("cu_seqlens", [0, 3], ValueError), ("ring", 5, TypeError), ("ulysses", "all", TypeError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [cp.shard, cp.unshard], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("name", "value", "error"), WRONG, ids=str)
+def test_wrong_shards(name: str, value: Any, error: type[Exception], function: Any) -> None:
+    with pytest.raises(error) as caught:
+        function(**{"x": ROWS, name: value})
+    assert isinstance(caught.value, flash.FlashError)
+    assert torch.equal(function(ROWS, dim=-3), ROWS)
+
+
+@pytest.mark.parametrize("name", ["ring", "ulysses"])
+@pytest.mark.parametrize("group", [5, "world", [0, 1], -100, True])
+def test_wrong_groups(name: str, group: Any) -> None:
+    """-100 is what torch gives to processes that are not in a new group."""
+    with pytest.raises(flash.ArgumentTypeError, match=f"{name} must be a process group or None"):
+        cp.attention(ROWS, ROWS, ROWS, **{name: group})
+    with pytest.raises(flash.ArgumentTypeError, match=f"{name} must be a process group or None"):
+        cp.attention_varlen(ROWS[0], ROWS[0], ROWS[0], [0, 8], **{name: group})
 
 
 def test_page() -> None:

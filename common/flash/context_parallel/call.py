@@ -11,7 +11,7 @@ from flash.attention import attention_varlen as local_attention_varlen
 from flash.checks import check_inputs
 from flash.context_parallel.packed import packed
 from flash.context_parallel.ring import Even, RingAttention, Shards
-from flash.context_parallel.shards import Group, ends_of, packed_rows_of, place
+from flash.context_parallel.shards import Group, ends_of, packed_rows_of, place, places
 from flash.context_parallel.ulysses import enough_heads, to_heads, to_rows
 from flash.errors import unsupported, wrong_value
 from flash.options import backend_name, flag, make_spec
@@ -45,7 +45,7 @@ def attention(
         out, or (out, lse) with lse (batch, heads_q, rows held here); both differentiable.
     """
     flag("causal", causal)
-    rings, parts = place(ring)[1], place(ulysses)[1]
+    (_, rings), (_, parts) = places(ring, ulysses)
     both = isinstance(q, Tensor) and isinstance(k, Tensor)
     if rings == parts == 1 and both and q.shape[1:2] == k.shape[1:2]:
         return local_attention(
@@ -96,10 +96,11 @@ def attention_varlen(
     """
     flag("causal", causal)
     check_inputs(q, k, v, "packed")
+    where = places(ring, ulysses)
     options = _checked(q, k, ring, 0, (causal, window, scale, softcap, deterministic, backend))
     flag("return_lse", return_lse)
-    ends, rings = ends_of(cu_seqlens), place(ring)[1]
-    held = len(packed_rows_of(ends, place(ring), place(ulysses)))
+    ends, rings = ends_of(cu_seqlens), where[0][1]
+    held = len(packed_rows_of(ends, *where))
     if q.shape[0] != held:
         hint = "use flash.context_parallel.shard(x, dim=0, cu_seqlens=..)"
         raise wrong_value("rows", q.shape[0], f"{held}, this process's share", hint)

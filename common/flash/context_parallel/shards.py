@@ -15,14 +15,34 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flash.checks import check_kind
 from flash.errors import wrong_type, wrong_value
 
 Group = dist.ProcessGroup | None
 
 
-def place(group: Group) -> tuple[int, int]:
+def place(group: Group, name: str = "group") -> tuple[int, int]:
     """(rank, size) in a group; no group is a group of one."""
-    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    if group is None:
+        return 0, 1
+    if not isinstance(group, dist.ProcessGroup):
+        hint = "of torch.distributed.new_group on one of its processes, or mesh.get_group()"
+        raise wrong_type(name, group, "a process group or None", hint)
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def places(ring: Group, ulysses: Group) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Both, as arguments of a call."""
+    return place(ring, "ring"), place(ulysses, "ulysses")
+
+
+def _check_rows(x: Any, dim: Any) -> None:
+    """A tensor, and a dim that it has."""
+    check_kind("x", x)
+    if type(dim) is not int:
+        raise wrong_type("dim", dim, "an int")
+    if not -x.ndim <= dim < x.ndim:
+        raise wrong_value("dim", dim, f"a dim of x, which has {x.ndim}")
 
 
 def rows_of(seqlen: int, ring: tuple[int, int], ulysses: tuple[int, int]) -> Tensor:
@@ -91,7 +111,8 @@ def shard(
 
     With `cu_seqlens`, of packed sequences, usually along dim 0.
     """
-    rows = _rows(x.shape[dim], cu_seqlens, place(ring), place(ulysses))
+    _check_rows(x, dim)
+    rows = _rows(x.shape[dim], cu_seqlens, *places(ring, ulysses))
     return x.index_select(dim, rows.to(x.device))
 
 
@@ -99,26 +120,28 @@ def unshard(
     x: Tensor, *, ring: Group = None, ulysses: Group = None, dim: int = 1, cu_seqlens: Any = None
 ) -> Tensor:
     """The whole sequence from every process's rows; not differentiable."""
+    _check_rows(x, dim)
     x = x.detach()
-    rings, parts = place(ring)[1], place(ulysses)[1]
+    (rank, rings), (part, parts) = places(ring, ulysses)
     if cu_seqlens is None:
         seqlen = x.shape[dim] * rings * parts
     else:
         cu_seqlens = ends_of(cu_seqlens)
         seqlen = cu_seqlens[-1]
-    places = [
+    held_by = [
         [_rows(seqlen, cu_seqlens, (r, rings), (u, parts)) for r in range(rings)]
         for u in range(parts)
     ]
-    rank = place(ring)[0]
+    if x.shape[dim] != len(held_by[part][rank]):
+        expected = f"{len(held_by[part][rank])}, this process's share by cu_seqlens"
+        raise wrong_value(f"rows of x along dim {dim}", x.shape[dim], expected)
     slices = _gathered(x, ulysses, [x.shape[dim]] * parts, dim)
     whole = x.new_empty(*x.shape[:dim], seqlen, *x.shape[dim % x.ndim + 1 :])
-    for held, rows in zip(slices, places, strict=True):
-        assert held.shape[dim] == len(rows[rank])
-        for part, where in zip(
+    for held, rows in zip(slices, held_by, strict=True):
+        for piece, where in zip(
             _gathered(held, ring, [len(n) for n in rows], dim), rows, strict=True
         ):
-            whole.index_copy_(dim, where.to(x.device), part)
+            whole.index_copy_(dim, where.to(x.device), piece)
     return whole
 
 
