@@ -12,6 +12,8 @@ import torch
 import typer
 from rich.console import Console
 
+from flash.errors import FlashError
+
 USAGE_ERROR = 2
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
 
@@ -56,6 +58,18 @@ def load(path: Path, part: str, hint: str) -> dict[str, Any]:
         raise fail(f"{path} is no result file: {error}; {hint}") from error
     if not isinstance(content, dict) or not content.get(part):
         raise fail(f"{path} is no result file: it has no {part} ({hint})")
+    return content
+
+
+def load_rows(path: Path) -> dict[str, Any]:
+    """A result file of timed calls, whose rows say all that a comparison reads."""
+    from flash.study import rows
+
+    content = load(path, "rows", "flash bench --out writes one")
+    try:
+        rows.check(content, path)
+    except FlashError as error:
+        raise fail(f"{path} is no result file: {error}") from error
     return content
 
 

@@ -18,6 +18,7 @@ from flash.cli_common import (
     chosen_device,
     fail,
     load,
+    load_rows,
     numbers,
     progress,
     say,
@@ -208,10 +209,9 @@ def compare(
         return
     if before is None or (after is None) == (model is None):
         raise fail("compare takes two result files, or one and --model GPU")
-    hint = "flash bench --out writes one"
-    first = load(before, "rows", hint)
+    first = load_rows(before)
     if after is not None:
-        second = load(after, "rows", hint)
+        second = load_rows(after)
     else:
         try:
             second = modelled.content(first, str(model))
@@ -266,7 +266,7 @@ def report(
             raise fail(f"no results at {path}; flash bench --out FILE makes some")
     try:
         sources = page.collect(given)
-    except ValueError as error:
+    except (FlashError, ValueError) as error:
         raise fail(f"a file of {', '.join(map(str, given))} is no result file: {error}") from error
     if not sources:
         raise fail(f"no rows in {', '.join(map(str, given))}")

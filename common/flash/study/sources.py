@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flash.study import rows
 from flash.study.cases import KEY
 from flash.study.files import device_name, merge, read
 
@@ -56,8 +57,9 @@ def collect(given: Iterable[Path]) -> list[Source]:
     devices: dict[str, Source] = {}
     for path in paths_of(given):
         content = read(path)
-        if "environment" not in content:
+        if not isinstance(content, dict) or "environment" not in content:
             continue
+        rows.check(content, path)
         name = device_name(content)
         add(devices.setdefault(name, Source(name)), path, content)
     return [source for source in devices.values() if source.rows or source.parts]
