@@ -154,6 +154,8 @@ def test_explain_draws_the_mask() -> None:
         ["demo", "--device", "tpu"],
         ["demo", "--dtype", "e4m3"],
         ["demo", "--seqlen", "0"],
+        ["demo", "--head-dim", "60"],
+        ["demo", "--head-dim", "264"],
         ["verify", "--dtype", "e4m3"],
         ["verify", "--dtype", "int8"],
         ["nonsense"],

@@ -8,6 +8,7 @@ import torch
 import typer
 
 from flash import cli_tables as tables
+from flash.checks import check_head_dim
 from flash.cli_common import (
     AsJson,
     Dtype,
@@ -64,6 +65,10 @@ def demo(
 
     if dtype is Dtype.e4m3:
         raise fail("the demonstration draws 16- or 32-bit inputs; flash.quantize_fp8 makes FP8")
+    try:
+        check_head_dim("--head-dim", head_dim)
+    except FlashError as error:
+        raise fail(error) from error
     where = chosen_device(device)
     setting = demonstration.Setting(
         batch, seqlen, heads, head_dim, dtype.torch, causal, where, seed
