@@ -14,7 +14,7 @@ import torch
 
 import flash
 from flash.capability import BACKENDS, VERSIONS, arch_name, capability, parse_arch
-from flash.dispatch import Built, Decision, Request, decide, no_backend
+from flash.dispatch import Built, Decision, Request, decide, no_backend, resolve
 from flash.engines import kernels
 
 ARCHS = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), "cpu")
@@ -260,3 +260,19 @@ def test_the_table_is_data() -> None:
         assert row.name == name
         assert row.as_dict()["rows"]
         assert row.idea
+
+
+def test_a_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again after the current device has changed, the answer changes with it."""
+    archs, current = [(9, 0), (8, 0)], [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr("flash.dispatch.arch_of", lambda device: archs[device.index])
+    monkeypatch.setattr("flash.dispatch.built_here", lambda index: {})
+    request = Request(BF16, 72, 72, alignment=1)  # one that no call here has: answers are kept
+    try:
+        found = []
+        for current[0] in (0, 1, 0):
+            found.append(resolve(request, torch.device("cuda"), request).arch)
+        assert found == [(9, 0), (8, 0), (9, 0)]
+    finally:
+        flash.dispatch._resolve.cache_clear()

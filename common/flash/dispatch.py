@@ -236,22 +236,25 @@ def no_backend(decision: Decision) -> FlashError:
     return kind(text, argument="backend", given=request.backend, reasons=decision.reasons)
 
 
-@lru_cache(maxsize=4096)
 def resolve(request: Request, device: torch.device, backward: Request | None = None) -> Decision:
     """The decision for tensors on this device; raises when nothing serves the request.
 
     With `backward`, the backend of the gradient is settled as well, before anything runs.
     """
+    if device.index is None and device.type == "cuda":  # another one at another time
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _resolve(request, device, backward)
+
+
+@lru_cache(maxsize=4096)
+def _resolve(request: Request, device: torch.device, backward: Request | None) -> Decision:
     arch = arch_of(device)
-    built: Mapping[str, Built] = {}
-    if not isinstance(arch, str):
-        index = torch.cuda.current_device() if device.index is None else device.index
-        built = built_here(index)
+    built = {} if isinstance(arch, str) else built_here(device.index)
     decision = decide(arch, request, built)
     if decision.backend is None:
         raise no_backend(decision)
     if backward is not None:
-        decision = replace(decision, backward=resolve(backward, device))
+        decision = replace(decision, backward=_resolve(backward, device, None))
     return decision
 
 
