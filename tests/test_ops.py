@@ -134,7 +134,7 @@ def test_compiles_without_a_break(function: Callable[..., Tensor], dynamic: bool
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.timeout(300)  # it starts a compiler
 def test_inductor_compiles_forward_and_backward() -> None:
     """With the compiler that `torch.compile` uses when none is named."""
     torch._dynamo.reset()
@@ -284,7 +284,6 @@ def test_vmap_and_grad() -> None:
     torch.testing.assert_close(shared[1], flash.attention(x[1], x[0], x[0]))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_forward_mode_is_refused() -> None:
     x = torch.randn(2, 5, 2, 8)
     with pytest.raises(flash.UnsupportedError, match="forward-mode"):

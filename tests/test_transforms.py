@@ -12,7 +12,6 @@ from torch.autograd import forward_ad
 
 import flash
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 SAVED = ("dout", "q", "k", "v", "out", "lse")
 BACKENDS = ("auto", "reference", "v1")
 
