@@ -191,6 +191,24 @@ def test_forward_gives_the_same_bits(version: str, case: Case) -> None:
 
 
 @v3
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dims", BUILT, ids=str)
+def test_long_sums_lose_nothing(version: str, dims: Dims, turned: bool) -> None:
+    """The tensor cores add in about 14 bits: with their sums alone, V's mean would be a fifth too
+    small at this length, as P's sum would be."""
+    random, keys = torch.Generator(DEVICE).manual_seed(7), 16384
+    q, k, v = (
+        (torch.randn(1, n, 1, dim, device=DEVICE, generator=random) + mean).to(FP8)
+        for n, dim, mean in ((64, dims[0], 0), (keys, dims[0], 0), (keys, dims[1], 4))
+    )
+    one = torch.ones(1, 1, 1, device=DEVICE)
+    given = keys_contiguous(v) if turned else v
+    out = flash.attention(q, k, given, backend=version, q_descale=one, k_descale=one, v_descale=one)
+    exact = flash.attention(q.double(), k.double(), v.double(), backend="reference")
+    assert ((out.double() - exact).norm() / exact.norm()).item() < 0.005
+
+
+@v3
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dims", BUILT, ids=str)
 def test_packed(version: str, dims: Dims, causal: bool) -> None:
