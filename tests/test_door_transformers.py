@@ -90,6 +90,24 @@ def test_padding_within_a_row() -> None:
         logits("mistral", door.NAME, dtype, given)
 
 
+@pytest.mark.parametrize("model", ["llama", "mistral", "bert"])
+@pytest.mark.parametrize("shape", [(), (-2,), (-1,), (1,), (2,), (4,), (0, LENGTH)], ids=str)
+def test_a_mask_of_another_length_is_refused(model: str, shape: tuple[int, ...]) -> None:
+    """Longer ones were read as windows: two keys more meant that a row sees itself only."""
+    given = inputs(model, None, SERVED[0][1])
+    more = shape[0] if shape else 0
+    size = (BATCH, LENGTH + more, *shape[1:])
+    given["attention_mask"] = torch.ones(size, dtype=torch.int64, device=DEVICE)
+    network = made(model, SERVED[0][1])
+    network.set_attn_implementation(door.register())
+    options = {"use_cache": False} if model in DECODERS else {}  # a cache tells its own length
+    if not shape:
+        network(**given, **options)
+        return
+    with pytest.raises(flash.UnsupportedError, match="the model's mask"):
+        network(**given, **options)
+
+
 @decoders
 @pytest.mark.parametrize("backend", [name for name, _ in SERVED if name in ("auto", "v1")])
 def test_packed_sequences(model: str, backend: str) -> None:

@@ -20,6 +20,7 @@ from flash.errors import unsupported
 
 UNWRITTEN, PADDING = -1, 0
 HOME = "transformers.masking_utils"
+KEYS = "_generations_keys"  # of a described mask: else a wider one would read as one of a window
 
 
 class Pattern(NamedTuple):
@@ -102,7 +103,10 @@ def describe(
         return None
     extra = 0 if left is None else left + 2
     told = pad(values, (0, extra))[:, None, None].to(torch.int32 if right == 0 else torch.int8)
-    return told.expand(-1, count, -1, -1) if hidden else told[:, :, :0]
+    told = told.expand(-1, count, -1, -1) if hidden else told[:, :, :0]
+    if not torch.compiler.is_compiling():
+        told.__dict__[KEYS] = kv_length
+    return told
 
 
 def _values(
@@ -113,6 +117,8 @@ def _values(
     values = torch.ones(batch, keys, dtype=torch.int32, device=device)
     hidden = False
     if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            raise refused(f"a mask of shape {tuple(attention_mask.shape)}")
         missing = max(kv_offset + keys - attention_mask.shape[-1], 0)
         seen = pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + keys] != 0
         values = seen.to(torch.int32).expand(batch, -1)
@@ -148,6 +154,8 @@ def read(mask: Any, keys: int) -> Told:
     if not ours or mask.dtype not in (torch.int32, torch.int8) or mask.shape[3] < keys:
         shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise refused(f"a dense mask, {shown}")
+    if not torch.compiler.is_compiling() and mask.__dict__.get(KEYS, keys) != keys:
+        raise refused(f"a mask over {mask.__dict__[KEYS]} keys where there are {keys}")
     extra = mask.shape[3] - keys
     left = extra - 2 if extra else None
     right = 0 if mask.dtype == torch.int32 else left
