@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash
-from flash.execute import address, alignment_of
+from flash.execute import alignment_of
+from flash.wrapped import address
 
 
 def test_a_wrapped_tensor_counts_as_aligned() -> None:

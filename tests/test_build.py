@@ -86,8 +86,7 @@ def test_a_part_that_does_not_exist_is_refused(
     """Otherwise a slip of the pen would build no kernels and say nothing."""
     cmake = shutil.which("cmake", path=os.pathsep.join([
         sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))  # fmt: skip
-    if cmake is None:
-        pytest.skip("no cmake")
+    assert cmake, "of the test extra"
     script = tmp_path / "check.cmake"
     script.write_text(
         f"include({ROOT}/cmake/FlashVersion.cmake)\n"

@@ -17,6 +17,7 @@ from flash.errors import (
     wrong_value,
 )
 from flash.overlap import overlaps_itself, share
+from flash.wrapped import under_transform
 
 AXES = {
     "bshd": ("batch", "seq", "heads", "dim"),
@@ -160,7 +161,7 @@ def check_output(name: str, x: Any, shape: tuple[Any, ...], like: Tensor, dtype:
                  inputs: tuple[Tensor, ...]) -> None:  # fmt: skip
     """A tensor to write: right shape and dtype, no element twice, no memory of an input."""
     check_kind(name, x)
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+    if under_transform():
         hint = "use what is returned"
         raise unsupported(name, "a tensor", "None under a function transform", hint)
     if x.dtype != dtype:

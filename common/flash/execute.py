@@ -11,6 +11,7 @@ from flash.capability import FP8
 from flash.dispatch import Decision, Request, engine, resolve
 from flash.errors import unsupported
 from flash.spec import Descale, Grads, Result, Spec, Varlen
+from flash.wrapped import address
 
 ALIGNED = 16
 
@@ -22,19 +23,6 @@ class Job(NamedTuple):
     decision: Decision
     engine: Any
     fp8: bool = False  # quantize 16-bit inputs first
-
-
-def address(x: Tensor) -> int:
-    """0 of a tensor that has none: a fake one, or one that a function transform wraps.
-
-    The operator asks again for those that it is given in the end.
-    """
-    if type(x) is not Tensor and hasattr(x, "fake_mode"):
-        return 0
-    try:
-        return x.data_ptr()
-    except RuntimeError:
-        return 0
 
 
 def alignment_of(*tensors: Tensor) -> int:

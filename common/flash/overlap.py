@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from flash.execute import address
+from flash.wrapped import address
 
 Term = tuple[int, int, int]  # a stride, and the least and the greatest number it is taken
 # Of the terms of the smallest strides: their least and greatest sum, what divides the difference

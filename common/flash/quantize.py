@@ -17,6 +17,7 @@ from flash.engines.quantizer import Task
 from flash.errors import unsupported, wrong_type, wrong_value
 from flash.options import choice, flag, refuse_unknown
 from flash.spec import Varlen
+from flash.wrapped import under_transform
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -60,7 +61,7 @@ def quantize_fp8(q: Tensor, k: Tensor, v: Tensor, granularity: str = "block",
 
 
 def _check_tensors(q: Any, k: Any, v: Any) -> None:
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+    if under_transform():
         hint = "quantize before it, with the mapped dimension as a part of the batch"
         raise unsupported("q, k, v", "tensors of a function transform", "plain ones", hint)
     for name, x in (("q", q), ("k", k), ("v", v)):

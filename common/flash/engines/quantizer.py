@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash.errors import LaunchError
+from flash.wrapped import under_transform
 
 GRANULARITIES = {"block": 0, "head": 1, "tensor": 2}
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -35,9 +36,8 @@ def runs_on(device: int) -> bool:
 
 def serves(*tensors: Tensor) -> bool:
     """Tensors (.., rows, heads, dim) that the kernel reads as they are."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(map(_serves, tensors))
+    watched = torch.compiler.is_compiling() or under_transform()
+    return not watched and all(map(_serves, tensors))
 
 
 def _serves(x: Tensor) -> bool:
